@@ -1,0 +1,137 @@
+"""What there is, and what each thing means: the text behind `conformance list` and `conformance explain`."""
+
+import inspect
+import re
+
+from conformance.cases import Manifest
+from conformance.families import FAMILIES, Family, get
+from conformance.probes import VOCABULARY
+
+Rows = list[tuple[str, str]]
+
+
+def families() -> Rows:
+    manifest = Manifest()
+    rows = []
+    for name in FAMILIES:
+        claims = [claim for claim in manifest.claims() if claim.family == name]
+        cases = {claim.case for claim in claims}
+        rows.append((name, f"{get(name).title}: {len(cases)} cases, {len(claims)} claims ({get(name).paper})"))
+    return rows
+
+
+def cases() -> Rows:
+    manifest = Manifest()
+    summaries = {recipe.name: recipe.summary for name in FAMILIES for recipe in get(name).recipes}
+    return [
+        (case, f"{sum(map(len, entry['claims'].values())):>3} claims  {summaries.get(case, '')}")
+        for case, entry in manifest.cases.items()
+    ]
+
+
+def checks() -> Rows:
+    from conformance.suite import checks
+
+    return [(name, _first_sentence(inspect.getdoc(function) or "")) for name, function in checks().items()]
+
+
+def implementations() -> Rows:
+    from conformance.implementation import BUILT_IN
+
+    return [(name, text) for name, (_, text) in BUILT_IN.items()]
+
+
+def explain(identifier: str) -> str:
+    """The explanation of a family, case, check, probe or config field.
+
+    A probe may be given with its layer (`layers.1.attention.key`); a field as `rope_theta` or `llama.rope_theta`.
+    Raises: KeyError with a message that names the nearest identifiers.
+    """
+    from conformance.suite import checks
+
+    functions = checks()
+    probe = re.sub(r"^layers\.\d+\.", "layers.N.", identifier)
+    if identifier in FAMILIES:
+        return _family(identifier)
+    if identifier in Manifest().cases:
+        return _case(identifier)
+    if identifier in functions:
+        return _check(identifier, inspect.getdoc(functions[identifier]) or "")
+    if probe in VOCABULARY:
+        return f"{probe}: {VOCABULARY[probe]}.\n\n" + "\n".join(_probe_shapes(probe))
+    if found := _fields(identifier):
+        return found
+    raise KeyError(_unknown(identifier, [*FAMILIES, *Manifest().cases, *functions, *VOCABULARY]))
+
+
+def _family(name: str) -> str:
+    family = get(name)
+    lines = [
+        f"{name}: {family.title}",
+        f"Source: {family.paper}",
+        f"Oracle: {family.oracle} at true double precision",
+        "",
+    ]
+    lines += ["Config fields that change the maths, each with a field case:"]
+    lines += [f"  {f.name:<22} default {f.default:<22} {f.meaning}" for f in family.fields]
+    lines += ["", "Cases:"] + [f"  {r.name:<34} {r.summary}" for r in family.recipes]
+    lines += ["", "Probes, in computational order (axes):"]
+    config = family.recipes[0].config
+    seen = dict.fromkeys((re.sub(r"^layers\.\d+\.", "layers.N.", s.name), s.axes) for s in family.probes(config))
+    return "\n".join(lines + [f"  {probe:<34} ({', '.join(axes)})" for probe, axes in seen])
+
+
+def _case(name: str) -> str:
+    recipe = next(r for r in get(name.split("/")[0]).recipes if r.name == name)
+    lines = [f"{name}: {recipe.summary}", f"Batch {recipe.batch}, sequence {recipe.seq}.", "", "Claims:"]
+    lines += [f"  {check:<24} {', '.join(dtypes)}" for check, dtypes in Manifest().cases[name]["claims"].items()]
+    if recipe.counterfactuals:
+        lines += ["", "A wrong answer is recognised if it equals the oracle with:"]
+        lines += [f"  {label}" for label in recipe.counterfactuals]
+    shown = {key: value for key, value in recipe.config.items() if value is not None}
+    return "\n".join([*lines, "", "Configuration:", *(f"  {key}: {value}" for key, value in shown.items())])
+
+
+def _check(name: str, documentation: str) -> str:
+    claims = [claim for claim in Manifest().claims() if claim.check == name]
+    return f"{name}\n\n{documentation}\n\n{len(claims)} claims in {len({c.case for c in claims})} cases."
+
+
+def _probe_shapes(probe: str) -> list[str]:
+    lines = []
+    for name in FAMILIES:
+        for spec in get(name).probes(get(name).recipes[0].config):
+            if spec.name == probe.replace("layers.N.", "layers.0."):
+                lines.append(f"{name}: ({', '.join(spec.axes)}), computed from {', '.join(spec.parents) or 'the ids'}")
+    return lines
+
+
+def _fields(identifier: str) -> str | None:
+    family_name, _, field = identifier.rpartition(".")
+    lines = []
+    for name in FAMILIES:
+        for entry in get(name).fields:
+            if entry.name == field and family_name in ("", name):
+                moved = ", ".join(field_cases(get(name), field))
+                lines.append(f"{name}.{field} (default {entry.default}): {entry.meaning}.\nCases that move it: {moved}")
+    return "\n\n".join(lines) or None
+
+
+def field_cases(family: Family, field: str) -> list[str]:
+    """The field cases that move a config field."""
+    return [r.name for r in family.recipes if r.field and field in re.split(r"\W+", r.field)]
+
+
+def _unknown(identifier: str, known: list[str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(identifier, known, n=3)
+    return f"nothing is called {identifier!r}" + (
+        f"; did you mean {' or '.join(near)}?"
+        if near
+        else "; `conformance list families|cases|checks` shows what there is"
+    )
+
+
+def _first_sentence(text: str) -> str:
+    return " ".join(text.split("\n\n")[0].split())

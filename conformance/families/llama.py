@@ -1,0 +1,422 @@
+"""Llama-1 and Llama-2 (Touvron et al. 2023): pre-norm with RMSNorm, rotary positions, SwiGLU, grouped-query attention.
+
+Oracle: `LlamaForCausalLM` of Hugging Face transformers at true double precision.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from conformance.families import Config, ConfigField, Family, Recipe
+from conformance.probes import ProbeSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# --- configurations -------------------------------------------------------------------------------------------------
+
+_DEFAULT_THETA = 10000.0
+
+
+_SPELLINGS = {"4.x": ("rope_theta", "rope_scaling"), "5.x": ("rope_parameters",)}
+
+
+def _config(*, spelling: str | None = None, **changes: Any) -> Config:
+    """A small Llama at its defaults, then changed.
+
+    `rope` = {rope_type, rope_theta, …} is written in both spellings unless one is asked for: transformers 4.x wrote
+    rope_theta and rope_scaling, 5.x writes rope_parameters, and what reads one silently ignores the other.
+    """
+    rope = {"rope_type": "default", "rope_theta": _DEFAULT_THETA} | changes.pop("rope", {})
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 61,
+        "hidden_size": 48,
+        "intermediate_size": 52,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.1,  # only in training; the suite evaluates, so a candidate that applies it fails
+        "tie_word_embeddings": False,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        "rope_parameters": rope,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+        "torch_dtype": "float32",
+    } | changes
+    if spelling:
+        written = _SPELLINGS[spelling]
+        config = {key: value for key, value in config.items() if not key.startswith("rope_") or key in written}
+    return config
+
+
+# Keys that decide the maths and that a config.json may leave out.
+_OPTIONAL = (
+    "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias", "mlp_bias", "attention_dropout",
+    "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters",
+)  # fmt: skip
+
+
+def _terse() -> Config:
+    return {key: value for key, value in _config().items() if key not in _OPTIONAL}
+
+
+def _head_dim(config: Config) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _kv_heads(config: Config) -> int:
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+
+# --- cases ----------------------------------------------------------------------------------------------------------
+
+_ALL = ("float64", "float32", "bfloat16")
+_MODEST = {
+    "golden.logits": _ALL,
+    "golden.left_padding": ("float64", "float32"),
+    "golden.right_padding": ("float64", "float32"),
+    "cache.prefill_decode": ("float64", "float32"),
+    "cache.one_by_one": ("float64",),
+    "cache.chunks": ("float64", "float32"),
+    "cache.ragged": ("float64", "float32"),
+}
+_FULL = _MODEST | {
+    "golden.logits": (*_ALL, "float16"),
+    "golden.positions": ("float64",),
+    "golden.loss": ("float64",),
+    "golden.blocks": ("float64", "float32"),
+    "golden.gradients": ("float64",),
+}
+
+
+def _without(claims: dict[str, tuple[str, ...]], *checks: str) -> dict[str, tuple[str, ...]]:
+    return {check: dtypes for check, dtypes in claims.items() if check not in checks}
+
+
+def _field(field: str, label: str, changes: dict[str, Any], *, also: dict[str, Config] | None = None) -> Recipe:
+    """`plain` with one field moved; the first counterfactual is always the field ignored, that is `plain` itself."""
+    config = _config(**changes)
+    ignored = {f"{field} ignored": _config()} if _same_shapes(config, _config()) else {}
+    return Recipe(
+        name=f"llama/field-{label}",
+        summary=f"plain with {field} moved",
+        config=config,
+        weights="llama/plain",
+        claims=_MODEST,
+        field=field,
+        counterfactuals=ignored | (also or {}),
+    )
+
+
+def _same_shapes(config: Config, other: Config) -> bool:
+    """Whether a candidate that ignores the field could load the checkpoint: it needs no tensor of another shape.
+
+    A bias that is in the file and not read counts as the same shapes.
+    """
+    mine, others = tensor_shapes(config), tensor_shapes(other)
+    return all(mine.get(name) == shape for name, shape in others.items())
+
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 6.0,
+    "low_freq_factor": 1.25,
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 24,
+}
+_LINEAR = {"rope_type": "linear", "rope_theta": _DEFAULT_THETA, "factor": 4.0}
+_BOTH_MOVED = {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}
+
+
+def _recipes() -> tuple[Recipe, ...]:
+    distinct = _config(
+        hidden_size=42, head_dim=10, num_key_value_heads=3, rms_norm_eps=1e-3, attention_bias=True, mlp_bias=True,
+        rope=_LLAMA3,
+    )  # fmt: skip
+    square = _config(hidden_size=24, intermediate_size=24, vocab_size=24, num_attention_heads=4)
+    llama3_fields = {
+        f"{key} at {value:g}": _config(rope=_LLAMA3 | {key: value})
+        for key, value in {
+            "rope_theta": _DEFAULT_THETA,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        }.items()
+    }
+    return (
+        Recipe(
+            name="llama/plain",
+            summary="unequal sizes, every maths field at its default: what a modest engine can pass",
+            config=_config(),
+            weights="llama/plain",
+            claims=_without(_FULL, "golden.gradients"),
+            store=frozenset({"blocks", "positions", "loss"}),
+        ),
+        Recipe(
+            name="llama/distinct",
+            summary="everything at once: all sizes different, grouped-query attention, biases, llama3 scaling",
+            config=distinct,
+            weights="llama/distinct",
+            claims=_FULL,
+            store=frozenset({"probes", "gradients", "blocks", "positions", "loss"}),
+        ),
+        Recipe(
+            name="llama/square",
+            summary="all sizes equal, so that a wrong transpose loads without a shape error",
+            config=square,
+            weights="llama/square",
+            batch=3,
+            claims=_without(_FULL, "golden.gradients", "golden.blocks"),
+            store=frozenset({"positions", "loss"}),
+        ),
+        Recipe(
+            name="llama/mha",
+            summary="Llama-1: multi-head attention, no num_key_value_heads in the file",
+            config=_config(hidden_size=40, num_attention_heads=5, intermediate_size=44, num_hidden_layers=3),
+            weights="llama/mha",
+            claims=_without(_FULL, "golden.gradients", "golden.blocks"),
+            store=frozenset({"positions", "loss"}),
+        ),
+        Recipe(
+            name="llama/mqa",
+            summary="multi-query attention: one key-value head",
+            config=_config(num_key_value_heads=1),
+            weights="llama/plain",
+            claims=_without(_FULL, "golden.gradients", "golden.blocks"),
+            store=frozenset({"positions", "loss"}),
+        ),
+        Recipe(
+            name="llama/long",
+            summary="2,060 tokens in one row: positions past 2,000; the last 16 rows are compared",
+            config=_config(hidden_size=32, num_attention_heads=2, intermediate_size=36, num_key_value_heads=1),
+            weights="llama/long",
+            batch=1,
+            seq=2060,
+            claims={"golden.logits": _ALL, "cache.prefill_decode": ("float64", "float32")},
+            last_rows=16,
+        ),
+        _field("rms_norm_eps", "rms_norm_eps", {"rms_norm_eps": 0.05}),
+        _field("rope_theta", "rope_theta", {"rope": {"rope_theta": 100.0}}),
+        _field("rope_scaling (linear)", "rope_scaling-linear", {"rope": _LINEAR}),
+        _field(
+            "rope_scaling (llama3)", "rope_scaling-llama3", {"rope": _LLAMA3},
+            also={"rope_scaling ignored, rope_theta read": _config(rope={"rope_theta": 100.0})} | llama3_fields,
+        ),
+        _field(
+            "rope_parameters (5.x spelling)", "rope_parameters-only", {"rope": _BOTH_MOVED, "spelling": "5.x"},
+            also={"the scaling ignored": _config(rope={"rope_theta": 100.0})},
+        ),
+        _field(
+            "rope_theta and rope_scaling (4.x spelling)", "rope_theta-rope_scaling-only",
+            {"rope": _BOTH_MOVED, "spelling": "4.x"},
+            also={"rope_scaling ignored": _config(rope={"rope_theta": 100.0})},
+        ),
+        _field("head_dim", "head_dim", {"head_dim": 10}),
+        _field("num_key_value_heads", "num_key_value_heads", {"num_key_value_heads": 3}),
+        _field("attention_bias", "attention_bias", {"attention_bias": True}),
+        _field("mlp_bias", "mlp_bias", {"mlp_bias": True}),
+        _field("hidden_act", "hidden_act-gelu", {"hidden_act": "gelu"},
+               also={"GELU in its tanh form": _config(hidden_act="gelu_pytorch_tanh")}),
+        _field("hidden_act", "hidden_act-gelu_pytorch_tanh", {"hidden_act": "gelu_pytorch_tanh"},
+               also={"GELU in its exact form": _config(hidden_act="gelu")}),
+        _field("hidden_act", "hidden_act-relu", {"hidden_act": "relu"}),
+        Recipe(
+            name="llama/field-absent",
+            summary="plain with every key that has a default left out of config.json",
+            config=_terse(),
+            weights="llama/plain",
+            claims=_MODEST,
+            field="absent keys",
+            counterfactuals={
+                "tie_word_embeddings taken for true": _config(tie_word_embeddings=True),
+                "rms_norm_eps at 1e-5": _config(rms_norm_eps=1e-5),
+            },
+        ),
+        _field("tie_word_embeddings", "tie_word_embeddings", {"tie_word_embeddings": True}),
+    )  # fmt: skip
+
+
+# --- checkpoint -----------------------------------------------------------------------------------------------------
+
+
+def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Hub name -> shape of everything a checkpoint holds (no lm_head when it is tied)."""
+    hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    queries, keys = config["num_attention_heads"] * _head_dim(config), _kv_heads(config) * _head_dim(config)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    if not config.get("tie_word_embeddings", False):
+        shapes["lm_head.weight"] = (vocab, hidden)
+    attention_bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
+    projections = {
+        "self_attn.q_proj": (queries, hidden, attention_bias),
+        "self_attn.k_proj": (keys, hidden, attention_bias),
+        "self_attn.v_proj": (keys, hidden, attention_bias),
+        "self_attn.o_proj": (hidden, queries, attention_bias),
+        "mlp.gate_proj": (ffn, hidden, mlp_bias),
+        "mlp.up_proj": (ffn, hidden, mlp_bias),
+        "mlp.down_proj": (hidden, ffn, mlp_bias),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        for name, (rows, columns, bias) in projections.items():
+            shapes[f"{prefix}{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{prefix}{name}.bias"] = (rows,)
+    return shapes
+
+
+def block_checkpoint(
+    config: Config, weights: "dict[str, Tensor]", block_input: "Tensor", layer: int
+) -> "tuple[Config, dict[str, Tensor]]":
+    """A one-layer checkpoint that feeds `block_input` (batch, seq, hidden) to block `layer` alone.
+
+    Its embedding table is the block's input, one row a token of the batch, so that arange(batch · seq) as ids looks
+    it up; block `layer` becomes layer 0; norm and head are kept, the head cut to as many rows as there are ids.
+    """
+    rows = block_input.flatten(0, 1)
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    if len(rows) > len(head):
+        raise ValueError(f"{len(rows)} block inputs need a vocabulary of as many, the case has {len(head)}")
+    one = {
+        name.replace(f"layers.{layer}.", "layers.0."): tensor
+        for name, tensor in weights.items()
+        if f"layers.{layer}." in name or name == "model.norm.weight"
+    }
+    one |= {"model.embed_tokens.weight": rows.contiguous(), "lm_head.weight": head[: len(rows)].contiguous()}
+    return config | {"num_hidden_layers": 1, "vocab_size": len(rows), "tie_word_embeddings": False}, one
+
+
+# --- probes ---------------------------------------------------------------------------------------------------------
+
+
+def probes(config: Config) -> list[ProbeSpec]:
+    """Llama's probes in computational order; heads are split into (kv_head, group) where a layout may split them."""
+    stream = ("batch", "seq", "hidden")
+    inner = ("batch", "seq", "intermediate")
+    specs = [ProbeSpec(name="embedding", axes=stream, parents=())]
+
+    def add(name: str, axes: tuple[str, ...], *parents: str) -> None:
+        specs.append(ProbeSpec(name=name, axes=axes, parents=parents))
+
+    block_input = "embedding"
+    for layer in range(config["num_hidden_layers"]):
+        a, f = f"layers.{layer}.attention.", f"layers.{layer}.feed_forward."
+        add(a + "norm", stream, block_input)
+        add(a + "query", ("batch", "seq", "kv_head", "group", "head_dim"), a + "norm")
+        add(a + "key", ("batch", "seq", "kv_head", "head_dim"), a + "norm")
+        add(a + "value", ("batch", "seq", "kv_head", "head_dim"), a + "norm")
+        add(a + "query_rotated", ("batch", "kv_head", "group", "seq", "head_dim"), a + "query")
+        add(a + "key_rotated", ("batch", "kv_head", "seq", "head_dim"), a + "key")
+        add(a + "scores", ("batch", "kv_head", "group", "seq", "key"), a + "query_rotated", a + "key_rotated")
+        add(a + "weights", ("batch", "kv_head", "group", "seq", "key"), a + "scores")
+        add(a + "context", ("batch", "seq", "kv_head", "group", "head_dim"), a + "weights", a + "value")
+        add(a + "output", stream, a + "context")
+        add(a + "residual", stream, a + "output", block_input)
+        add(f + "norm", stream, a + "residual")
+        add(f + "gate", inner, f + "norm")
+        add(f + "up", inner, f + "norm")
+        add(f + "activation", inner, f + "gate")
+        add(f + "product", inner, f + "activation", f + "up")
+        add(f + "output", stream, f + "product")
+        block_input = f"layers.{layer}.output"
+        add(block_input, stream, f + "output", a + "residual")
+    add("final_norm", stream, block_input)
+    add("logits", ("batch", "seq", "vocab"), "final_norm")
+    return specs
+
+
+def probe_sizes(config: Config, batch: int, seq: int) -> dict[str, int]:
+    """Axis name -> size, for the axes that `probes` uses."""
+    heads, kv_heads = config["num_attention_heads"], _kv_heads(config)
+    return {
+        "batch": batch, "seq": seq, "key": seq, "hidden": config["hidden_size"], "vocab": config["vocab_size"],
+        "intermediate": config["intermediate_size"], "kv_head": kv_heads, "group": heads // kv_heads,
+        "head_dim": _head_dim(config),
+    }  # fmt: skip
+
+
+def module_probes(config: Config) -> dict[str, tuple[str, str]]:
+    """Probe -> (module path as the hub names it, "input" or "output").
+
+    What no module boundary shows (query_rotated, key_rotated, scores, weights) comes from a tap on the attention
+    kernel (Hugging Face) or from a named nn.Identity (reference_impl).
+    """
+    found = {
+        "embedding": ("model.embed_tokens", "output"),
+        "final_norm": ("model.norm", "output"),
+        "logits": ("lm_head", "output"),
+    }
+    inside = {
+        "attention.norm": ("input_layernorm", "output"),
+        "attention.query": ("self_attn.q_proj", "output"),
+        "attention.key": ("self_attn.k_proj", "output"),
+        "attention.value": ("self_attn.v_proj", "output"),
+        "attention.context": ("self_attn.o_proj", "input"),
+        "attention.output": ("self_attn.o_proj", "output"),
+        "attention.residual": ("post_attention_layernorm", "input"),
+        "feed_forward.norm": ("post_attention_layernorm", "output"),
+        "feed_forward.gate": ("mlp.gate_proj", "output"),
+        "feed_forward.up": ("mlp.up_proj", "output"),
+        "feed_forward.activation": ("mlp.act_fn", "output"),
+        "feed_forward.product": ("mlp.down_proj", "input"),
+        "feed_forward.output": ("mlp.down_proj", "output"),
+        "output": ("", "output"),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        for probe, (module, side) in inside.items():
+            path = f"model.layers.{layer}.{module}".rstrip(".")
+            found[f"layers.{layer}.{probe}"] = (path, side)
+    return found
+
+
+_EQUATIONS = r"""
+For each block, with x (seq, hidden) the residual stream and m the position:
+
+    n      = x / sqrt(mean(x²) + rms_norm_eps) · w                      RMSNorm, no mean subtracted
+    q,k,v  = n Wqᵀ, n Wkᵀ, n Wvᵀ  (+ biases)                            H query heads, KV key-value heads of head_dim
+    q', k' = R(m) q, R(m) k                                             pairs (i, i + head_dim/2) by m·θ^(-2i/head_dim)
+    A      = softmax(q' k'ᵀ / sqrt(head_dim) + causal mask)             query head h reads key-value head h // (H / KV)
+    x      = x + (A v) Woᵀ
+    n      = RMSNorm(x)
+    x      = x + (act(n Wgateᵀ) ⊙ (n Wupᵀ)) Wdownᵀ                      SwiGLU: act = SiLU
+
+and logits = RMSNorm(x) Wheadᵀ.  Positions count real tokens.  Rotary pairs are half-split, as Hugging Face checkpoints
+store them (Meta's originals interleave).
+"""
+
+
+FAMILY = Family(
+    name="llama",
+    title="Llama-1 and Llama-2",
+    paper="Touvron et al. 2023, arXiv:2302.13971 and arXiv:2307.09288",
+    equations=_EQUATIONS,
+    oracle="LlamaForCausalLM",
+    fields=(
+        ConfigField(name="rms_norm_eps", default="1e-6", meaning="ε inside the root of RMSNorm"),
+        ConfigField(name="rope_theta", default="10000", meaning="base of the rotary frequencies"),
+        ConfigField(name="rope_scaling", default="null", meaning="linear or llama3 stretching of the frequencies"),
+        ConfigField(name="head_dim", default="hidden_size / heads", meaning="width of one attention head"),
+        ConfigField(name="num_key_value_heads", default="num_attention_heads", meaning="key-value heads; each serves "
+                    "num_attention_heads / num_key_value_heads consecutive query heads"),
+        ConfigField(name="attention_bias", default="false", meaning="biases on the q, k, v and o projections"),
+        ConfigField(name="mlp_bias", default="false", meaning="biases on the gate, up and down projections"),
+        ConfigField(name="hidden_act", default="silu", meaning="activation of the gate"),
+        ConfigField(name="tie_word_embeddings", default="false", meaning="the head is the embedding table"),
+    ),
+    recipes=_recipes(),
+    tensor_shapes=tensor_shapes,
+    probes=probes,
+    probe_sizes=probe_sizes,
+    module_probes=module_probes,
+    block_checkpoint=block_checkpoint,
+)  # fmt: skip

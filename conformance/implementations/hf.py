@@ -1,0 +1,81 @@
+"""The installed Hugging Face transformers as a candidate, loaded from the checkpoint directory as a user loads it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class HuggingFaceModels:
+    """`AutoModelForCausalLM.from_pretrained` behind the contract.
+
+    attention: the kernel, "eager" or "sdpa".
+    """
+
+    families = frozenset({"llama"})
+
+    def __init__(self, attention: str):
+        self.attention = attention
+
+    @property
+    def name(self) -> str:
+        from importlib.metadata import version
+
+        return f"transformers {version('transformers')}, {self.attention}"
+
+    def load(self, checkpoint: Any) -> "Model":
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype=checkpoint.dtype, attn_implementation=self.attention
+        )
+        return Model(model.to(checkpoint.device).eval())
+
+
+class Model(torch.nn.Module):
+    """Calls without a cache, and opens sessions with one."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.parameters = dict(model.named_parameters())  # type: ignore[assignment]  # by hub name
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Any:
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        return self.model(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, labels=labels, use_cache=False
+        )
+
+    def session(self) -> "Session":
+        return Session(self.model)
+
+
+class Session:
+    """Decoding through the library's own dynamic cache; the mask of everything fed so far goes with each call."""
+
+    def __init__(self, model: Any):
+        from transformers import DynamicCache
+
+        self.model, self.cache = model, DynamicCache(config=model.config)
+        self.mask: Tensor | None = None
+
+    def feed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        return self.model(  # type: ignore[no-any-return]
+            input_ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+        ).logits
+
+    def state_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for layer in self.cache.layers for t in (layer.keys, layer.values))
+
+
+IMPLEMENTATIONS = {"hf": HuggingFaceModels("eager"), "hf-sdpa": HuggingFaceModels("sdpa")}

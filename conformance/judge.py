@@ -1,0 +1,246 @@
+"""Judging one claim: the object that a check receives, and what a claim can come to.
+
+Everything here runs in the worker process, beside the candidate.
+"""
+
+import os
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conformance import bounds
+from conformance.cases import Case, Claim, FixtureError
+from conformance.implementation import (
+    Candidate,
+    CandidateRaised,
+    Implementation,
+    Misbehaviour,
+    Unsupported,
+    load,
+    precision,
+)
+
+# The check that says whether the model is right at all; the others are read in its light.
+FORWARD = "golden.logits"
+# Where the frames lie that a candidate's traceback can do without.
+_NOT_THE_CANDIDATE = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
+
+
+@dataclass
+class Result:
+    """What one claim came to, as it travels to the report (`to_json` is the published schema's claim).
+
+    message: one line; empty for a pass.
+    kind: for a failure, "value", "shape", "dtype", "type" or "not finite"; for an error, the exception's name.
+    judgement: the comparison that decided (the worst one of the check).
+    details: further lines for a person (where the values are wrong, the candidate's traceback).
+    divergence: first wrong probe and last good ones, when the fault was localised.
+    equals: the counterfactual that the candidate's values reproduce ("rope_theta ignored"), when one does.
+    notes: harmless internal differences.
+    """
+
+    claim: Claim
+    outcome: str
+    message: str = ""
+    kind: str = ""
+    judgement: bounds.Judgement | None = None
+    details: list[str] = field(default_factory=list)
+    divergence: dict[str, Any] | None = None
+    equals: str | None = None
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    calls: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        judgement = self.judgement.to_json() if self.judgement else {"error": None, "bound": None, "ratio": None}
+        return {
+            "case": self.claim.case,
+            "check": self.claim.check,
+            "dtype": self.claim.dtype,
+            "outcome": self.outcome,
+            "message": self.message,
+            "kind": self.kind,
+            **judgement,
+            "details": self.details,
+            "divergence": self.divergence,
+            "equals": self.equals,
+            "notes": self.notes,
+            "seconds": round(self.seconds, 6),
+            "calls": self.calls,
+        }
+
+
+class Failure(Exception):
+    """The candidate's values are wrong.
+
+    details: where.  equals: label of the known wrong answer that the values reproduce, if one does.
+    """
+
+    def __init__(self, message: str, judgement: bounds.Judgement, details: list[str], equals: str | None):
+        super().__init__(message)
+        self.judgement, self.details, self.equals = judgement, details, equals
+
+
+class Judge:
+    """What a check works with: the case, the loaded candidate, and comparison against the truth.
+
+    worst: the largest error that the check at hand has met.
+    plan: sizes of the calls that it fed a session, when that can be replayed for localisation.
+    forward_is_right: what `golden.logits` came to in this dtype, once it has been judged.
+    """
+
+    def __init__(self, implementation: Implementation, case: Case, dtype: str, device: str):
+        self.implementation, self.case, self.dtype, self.device = implementation, case, dtype, device
+        case.read()
+        self.candidate: Candidate = load(implementation, case, dtype, device)
+        self.forward_is_right: bool | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the previous check."""
+        self.worst: bounds.Judgement | None = None
+        self.plan: list[int] = []
+        self.candidate.calls = 0
+
+    def precision(self, gradients: bool = False) -> AbstractContextManager[None]:
+        """Where the candidate's code runs; see `implementation.precision`."""
+        return precision(self.dtype, gradients)
+
+    def logits(self, input_ids: Tensor, **optional: Tensor) -> Tensor:
+        """The candidate's logits of one call."""
+        with self.precision():
+            return self.candidate(input_ids, **optional).logits
+
+    def compare(
+        self,
+        got: Tensor,
+        truth: Tensor,
+        *,
+        real: Tensor | None = None,
+        noise: str = "logits",
+        what: str = "logits",
+        scale: bounds.Error | None = None,
+        known_mistakes: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Compare with the float64 truth, element by element.
+
+        real: (batch, seq) mask of the rows to compare; pads are left out.
+        noise: the expected tensor whose oracle error measures the working tier.
+        what: the values compared, for messages.  scale: see `bounds.measure`.
+        known_mistakes: label -> the values that a certain mistake gives; a failure that equals one is named after it.
+        Raises: Misbehaviour for NaN or infinity in a real row, Failure beyond the bound.
+        """
+        got = got.detach().to(device="cpu", dtype=torch.float64)
+        kept_got, kept_truth = (got, truth) if real is None else (got[real], truth[real])
+        if not kept_got.isfinite().all():
+            wrong = ~got.isfinite()
+            raise Misbehaviour("not finite", f"{int(wrong.sum())} of {got.numel()} {what} are NaN or infinite, the "
+                               f"first at {tuple(wrong.nonzero()[0].tolist())}")  # fmt: skip
+        stored = self.case.oracle_error(noise, self.dtype)
+        oracle = bounds.Error(**stored) if stored else None
+        judgement = bounds.within(bounds.measure(kept_got, kept_truth, scale), self.dtype, oracle)
+        if self.worst is None or judgement.error.max > self.worst.error.max:
+            self.worst = judgement
+        if not judgement.passed:
+            equals = next(
+                (
+                    label
+                    for label, wrong in (known_mistakes or {}).items()
+                    if bounds.within(bounds.measure(got, wrong), self.dtype, oracle).passed
+                ),
+                None,
+            )
+            raise Failure(f"{what} differ from the oracle's", judgement, _where(got, truth, real, judgement), equals)
+
+
+def judge(check: Callable[[Judge], None], claim: Claim, prepare: Callable[[], Judge]) -> Result:
+    """Run one check and turn whatever happens into a result.  Only BaseExceptions that are not errors pass through."""
+    started = time.perf_counter()
+    session: Judge | None = None
+    try:
+        session = prepare()
+        session.begin()
+        check(session)
+        result = Result(claim, "pass", judgement=session.worst)
+    except Unsupported as declared:
+        result = Result(claim, "unsupported", str(declared) or "declared by the implementation")
+    except Failure as failure:
+        result = Result(claim, "fail", str(failure), "value", failure.judgement, failure.details, equals=failure.equals)
+        if session is not None:
+            _explain(session, result)
+    except Misbehaviour as misbehaviour:
+        result = Result(claim, "fail", str(misbehaviour), misbehaviour.kind)
+    except CandidateRaised as raised:
+        result = _raised(claim, raised)
+    except FixtureError:
+        raise
+    except Exception as error:
+        result = Result(claim, "error", f"the suite itself raised {type(error).__name__}: {error}; please report it",
+                        "suite", details=traceback.format_exc().splitlines())  # fmt: skip
+    result.seconds = time.perf_counter() - started
+    if session is not None:
+        result.calls = session.candidate.calls
+        if claim.check == FORWARD:
+            session.forward_is_right = result.outcome == "pass"
+    return result
+
+
+def _explain(session: Judge, result: Result) -> None:
+    """Say where the first wrong tensor is.  Never changes the verdict."""
+    from conformance.localise import localise
+
+    if result.claim.check != FORWARD and session.forward_is_right is False:
+        result.notes.append(f"{FORWARD} fails as well; see there first")
+    elif result.claim.check == FORWARD or session.plan:
+        try:
+            result.divergence, result.notes = localise(session)
+        except Exception as error:
+            result.notes.append(f"not localised: {type(error).__name__}: {error}")
+    elif session.forward_is_right and result.claim.check != "golden.blocks":
+        result.notes.append(f"{FORWARD} passes: the same rows are right without {result.claim.check.split('.')[1]}")
+
+
+def _raised(claim: Claim, raised: CandidateRaised) -> Result:
+    """An error of the candidate: its exception, and the innermost lines of its own traceback."""
+    cause = raised.__cause__
+    assert cause is not None
+    kind = type(cause).__name__
+    first_line = (str(cause).splitlines() or [""])[0]
+    out_of_memory = isinstance(cause, MemoryError) or "can't allocate memory" in str(cause) or "OutOfMemory" in kind
+    what = f"{kind}: {first_line}".rstrip(": ")
+    message = f"{raised.where} ran out of memory ({what})" if out_of_memory else f"{raised.where} raised {what}"
+    frames = traceback.extract_tb(cause.__traceback__)
+    own = [f for f in frames if not f.filename.startswith(_NOT_THE_CANDIDATE)] or list(frames)
+    details = [f"{f.filename}:{f.lineno} in {f.name}: {f.line}" for f in own[-3:]]
+    return Result(claim, "error", message, "out of memory" if out_of_memory else kind, details=details)
+
+
+def _where(got: Tensor, truth: Tensor, real: Tensor | None, judgement: bounds.Judgement) -> list[str]:
+    """Which batch rows and positions are wrong, for (batch, seq, …) tensors."""
+    if got.ndim < 3 or got.shape != truth.shape:
+        return []
+    scale = truth.abs().max()
+    row_error = (got - truth).abs().amax(-1) / scale  # (batch, seq)
+    wrong = row_error > judgement.bound.max
+    if real is not None:
+        wrong &= real
+    compared = torch.ones_like(wrong) if real is None else real
+    if not wrong.any():
+        return []
+    if wrong.equal(compared):
+        return ["wrong in every row and position"]
+    rows, starts = [], []
+    for row in range(len(wrong)):
+        positions = wrong[row].nonzero().flatten().tolist()
+        if positions:
+            rows.append(row)
+            starts.append(positions[0])
+    which = "every batch row" if len(rows) == len(wrong) else f"batch rows {', '.join(map(str, rows))}"
+    first = f"{min(starts)}" if min(starts) == max(starts) else f"{min(starts)}–{max(starts)}"
+    return [f"wrong in {which}, first at position {first}; {int(wrong.sum())} of {int(compared.sum())} rows"]

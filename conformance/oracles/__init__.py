@@ -1,0 +1,1 @@
+"""What decides: the truth that candidates are measured against (TrueDouble, Hugging Face, torch.nn, equations)."""

@@ -1,0 +1,93 @@
+"""The probe vocabulary: one name and one meaning for every intermediate tensor, shared by all families.
+
+A probe is a tensor that a reader of the paper would name.  Families pick from this vocabulary (`ProbeSpec`
+says which, in computational order, with axes and parents); `docs/probes.md` is generated from it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+    from conformance.families import Config, Family
+
+VOCABULARY: dict[str, str] = {
+    "embedding": "what enters the first block: the looked-up rows of the embedding table (positions added, scaled, "
+    "where the family does so)",
+    "layers.N.attention.norm": "normalised input of the attention",
+    "layers.N.attention.query": "query projection, bias included, before rotary positions",
+    "layers.N.attention.key": "key projection, bias included, before rotary positions",
+    "layers.N.attention.value": "value projection, bias included",
+    "layers.N.attention.query_rotated": "query after rotary positions, as the score kernel receives it",
+    "layers.N.attention.key_rotated": "key after rotary positions, one per key-value head (not repeated)",
+    "layers.N.attention.scores": "scaled scores, before any mask",
+    "layers.N.attention.weights": "attention weights: softmax of the masked scores over the keys",
+    "layers.N.attention.context": "weighted sum of the values, before the output projection",
+    "layers.N.attention.output": "output projection of the context, bias included",
+    "layers.N.attention.residual": "residual stream after the attention was added",
+    "layers.N.feed_forward.norm": "normalised input of the feed-forward layer",
+    "layers.N.feed_forward.gate": "gate projection, before the activation",
+    "layers.N.feed_forward.up": "up projection",
+    "layers.N.feed_forward.activation": "activation function applied to the gate",
+    "layers.N.feed_forward.product": "activation times up, the input of the down projection",
+    "layers.N.feed_forward.output": "down projection",
+    "layers.N.output": "residual stream after the block",
+    "final_norm": "normalised output of the last block, the input of the head",
+    "logits": "scores over the vocabulary, before any softmax",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSpec:
+    """One probe of one model: where it stands in the computation and how its values are laid out.
+
+    name: a name of the vocabulary, N replaced by the layer.
+    axes: names of its dimensions in canonical order, the last one contiguous.  Axes are as fine as any layout
+        may split them (`group` is the query heads that share one key-value head).
+    parents: the probes it is computed from; they make the graph in which a fault is localised.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    parents: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def at_module_boundaries(model: "Module", where: dict[str, tuple[str, str]]) -> "Iterator[dict[str, Tensor]]":
+    """Collect the probes that module boundaries show while the context is open; values are copied as they pass.
+
+    where: probe -> (module path, "input" or "output").
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, Tensor] = {}
+
+    def keep(probe: str, value: Any) -> None:
+        found[probe] = (value[0] if isinstance(value, tuple) else value).detach().clone()
+
+    handles = []
+    for probe, (path, side) in where.items():
+        module = modules[path]
+        if side == "input":
+            handles.append(module.register_forward_pre_hook(lambda _m, args, probe=probe: keep(probe, args[0])))
+        else:
+            handles.append(module.register_forward_hook(lambda _m, _args, out, probe=probe: keep(probe, out)))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def canonical(
+    family: "Family", config: "Config", values: "dict[str, Tensor]", batch: int, seq: int
+) -> "dict[str, Tensor]":
+    """Bring collected probes into canonical order and axes (merged heads are split), float64 on the CPU."""
+    sizes = family.probe_sizes(config, batch, seq)
+    return {
+        spec.name: values[spec.name].reshape([sizes[axis] for axis in spec.axes]).double().cpu()
+        for spec in family.probes(config)
+    }

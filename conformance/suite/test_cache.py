@@ -1,0 +1,68 @@
+"""Cache checks: decoding in any number of calls equals one full forward, row by row."""
+
+from typing import TYPE_CHECKING
+
+from conformance.suite.padding import padded
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from conformance.judge import Judge
+
+# How many tokens are decoded one at a time after a prefill.
+DECODED = 4
+
+
+def test_prefill_decode(judge: "Judge") -> None:
+    """A prompt in one call, then four tokens one by one: every row equals the full forward's."""
+    seq = judge.case.inputs["input_ids"].shape[1]
+    _feed_and_compare(judge, [seq - DECODED] + [1] * DECODED)
+
+
+def test_one_by_one(judge: "Judge") -> None:
+    """Every token in a call of its own."""
+    _feed_and_compare(judge, [1] * judge.case.inputs["input_ids"].shape[1])
+
+
+def test_chunks(judge: "Judge") -> None:
+    """Several tokens a call onto a cache that is not empty: chunks of 3, 4, 1 and the rest."""
+    seq = judge.case.inputs["input_ids"].shape[1]
+    _feed_and_compare(judge, [3, 4, 1, seq - 8])
+
+
+def test_ragged(judge: "Judge") -> None:
+    """Prompts of different lengths, padded on the left with junk, then decoded together, each at its own position."""
+    import torch
+
+    case = judge.case
+    longest = case.inputs["input_ids"].shape[1] - DECODED
+    lengths = case.inputs["lengths"].clamp(max=longest)
+    prompt, mask, truth = padded(case, "left", lengths, width=longest)
+    steps = lengths[:, None] + torch.arange(DECODED)  # (batch, DECODED): where each row's decoded tokens stand
+    row = torch.arange(len(lengths))[:, None]
+    ids = torch.cat([prompt, case.inputs["input_ids"][row, steps]], dim=1)
+    truth = torch.cat([truth, case.expected["logits"][row, steps]], dim=1)
+    mask = torch.cat([mask, torch.ones_like(steps)], dim=1)
+    logits = _feed(judge, [longest] + [1] * DECODED, ids, mask)
+    judge.compare(logits, truth, real=mask.bool())
+
+
+def _feed_and_compare(judge: "Judge", plan: list[int]) -> None:
+    judge.plan = plan
+    logits = _feed(judge, plan, judge.case.inputs["input_ids"])
+    judge.compare(logits[:, judge.case.rows], judge.case.expected["logits"])
+
+
+def _feed(judge: "Judge", plan: list[int], ids: "Tensor", mask: "Tensor | None" = None) -> "Tensor":
+    """Feed the ids in calls of the planned sizes; the logits of all calls, joined along the sequence."""
+    import torch
+
+    assert sum(plan) == ids.shape[1]
+    pieces, start = [], 0
+    with judge.precision():
+        session = judge.candidate.session()
+        for size in plan:
+            part = slice(start, start + size)
+            pieces.append(session.feed(ids[:, part], None if mask is None else mask[:, part]))
+            start += size
+        return torch.cat(pieces, dim=1)

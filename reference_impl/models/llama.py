@@ -1,0 +1,246 @@
+"""Llama 1 and 2: a decoder of pre-norm blocks with RMSNorm, rotary positions, grouped queries and SwiGLU.
+
+Touvron et al. 2023, LLaMA (arXiv:2302.13971), section 2.2, and Llama 2 (arXiv:2307.09288), section 2.2.
+
+Modules carry the names of Hugging Face checkpoints, so that a checkpoint's names are the state dict's names. Dropout is
+not implemented: train() and eval() change nothing.
+
+Shapes: B batch, T tokens of this call, S tokens so far (cached and new).
+"""
+
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, fields
+from typing import Any
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from reference_impl.nn import masks, rotary
+from reference_impl.nn.attention import GroupedQueryAttention
+from reference_impl.nn.feed_forward import GatedFeedForward, activation
+from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
+from reference_impl.nn.norm import RMSNorm
+
+# Keys of config.json that say nothing about what a forward pass computes.
+KEYS_WITHOUT_EFFECT = {
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype",
+    "eos_token_id", "id2label", "initializer_range", "label2id", "max_position_embeddings", "max_sequence_length",
+    "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
+    "return_dict", "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
+}  # fmt: skip
+
+# The default of a field that __post_init__ derives from others.
+DERIVED: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The keys of config.json that decide what Llama computes, with Hugging Face's defaults.
+
+    Raises ValueError where a value is out of range or two do not fit together.
+    """
+
+    # Number of token ids.
+    vocab_size: int = 32000
+    # Width of the residual stream.
+    hidden_size: int = 4096
+    # Width inside the feed-forward block.
+    intermediate_size: int = 11008
+    # Number of blocks.
+    num_hidden_layers: int = 32
+    # Number of query heads, H.
+    num_attention_heads: int = 32
+    # Number of key/value heads, KV; null: as many as query heads. Each serves H / KV query heads.
+    num_key_value_heads: int = DERIVED
+    # Width of a head, Dh; null: hidden_size / num_attention_heads.
+    head_dim: int = DERIVED
+    # Activation on the gate of the feed-forward block.
+    hidden_act: str = "silu"
+    # Added to the mean square in every norm.
+    rms_norm_eps: float = 1e-6
+    # Base of the rotary frequencies.
+    rope_theta: float = 10000.0
+    # How rotary frequencies are stretched for longer contexts; null: not at all.
+    rope_scaling: rotary.RopeScaling = None
+    # Whether the output projection is the embedding table.
+    tie_word_embeddings: bool = False
+    # Whether q_proj, k_proj, v_proj and o_proj have a bias.
+    attention_bias: bool = False
+    # Whether gate_proj, up_proj and down_proj have a bias.
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+                raise ValueError(f"{name}={value} must be greater than 0")
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            _require_divisible(self, "hidden_size", "num_attention_heads", "or give head_dim")
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        _require_divisible(self, "num_attention_heads", "num_key_value_heads", "give a divisor of it")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs of elements")
+        activation(self.hidden_act)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """Reads a parsed config.json of transformers 4.x or 5.x.
+
+        Raises:
+            ValueError: not a Llama, a key that could change the result is unknown, or a value is not valid.
+        """
+        if config.get("model_type", "llama") != "llama":
+            raise ValueError(f"model_type={config['model_type']!r} is not 'llama'")
+        unknown = config.keys() - {field.name for field in fields(cls)} - KEYS_WITHOUT_EFFECT - {"rope_parameters"}
+        if unknown:
+            raise ValueError(f"unknown keys {sorted(unknown)} may change the result; remove those that do not")
+        given = [field for field in fields(cls) if field.name in config and not field.name.startswith("rope_")]
+        values = {
+            field.name: _typed(field, config[field.name])
+            for field in given
+            if config[field.name] is not field.default  # null leaves head_dim and num_key_value_heads to be derived
+        }
+        rope_theta, rope_scaling = rotary.read_rope(config, default_theta=cls.rope_theta)
+        return cls(**values, rope_theta=rope_theta, rope_scaling=rope_scaling)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A config.json that transformers 4.x and 5.x both read: theta and scaling stand in it in both spellings."""
+        rope = rotary.write_rope(self.rope_theta, self.rope_scaling)
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(self), **rope}
+
+
+class LlamaDecoderLayer(nn.Module):
+    """One block; each half normalises its input and adds to the residual stream.
+
+        h = x + Attention(RMSNorm(x))
+        y = h + FeedForward(RMSNorm(h))
+
+    LLaMA (arXiv:2302.13971), section 2.2; the two norms have weights of their own.
+    """
+
+    def __init__(self, config: LlamaConfig, attention: str) -> None:
+        super().__init__()
+        self.self_attn = GroupedQueryAttention(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            bias=config.attention_bias,
+            attention=attention,
+        )
+        self.mlp = GatedFeedForward(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            hidden_act=config.hidden_act,
+            bias=config.mlp_bias,
+        )
+        self.input_layernorm = RMSNorm(hidden_size=config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(hidden_size=config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        cos: Float[Tensor, "#batch seq half"],
+        sin: Float[Tensor, "#batch seq half"],
+        mask: Bool[Tensor, "#batch 1 seq keys"],
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        h: Tensor = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        y: Tensor = h + self.mlp(self.post_attention_layernorm(h))
+        return y
+
+
+class LlamaModel(nn.Module):
+    """Embedding, blocks and final norm: everything but the output projection."""
+
+    def __init__(self, config: LlamaConfig, attention: str) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, attention) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(hidden_size=config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: masks.PaddingMask | None = None,
+        position_ids: Int[Tensor, "#batch #seq"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        config, seq = self.config, input_ids.shape[1]
+        real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
+        if cache is not None:
+            real = cache.extended(real)  # (B, S)
+        if position_ids is None:
+            position_ids = masks.positions(real, num_queries=seq)  # (B, T)
+        elif position_ids.shape not in (input_ids.shape, (1, seq)):
+            shapes = f"{tuple(position_ids.shape)} and input_ids {tuple(input_ids.shape)}"
+            raise ValueError(f"position_ids has shape {shapes}: give one position a token, or one row for all")
+        mask = masks.visible_keys(real, num_queries=seq)  # (B, 1, T, S)
+
+        x: Tensor = self.embed_tokens(input_ids)  # (B, T, hidden)
+        cos, sin = rotary.tables(position_ids, config.head_dim, config.rope_theta, config.rope_scaling, dtype=x.dtype)
+        layer_caches = [None] * len(self.layers) if cache is None else cache.layers
+        for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
+            x = layer(x, cos, sin, mask, layer_cache)
+        if cache is not None:
+            cache.commit(real)
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+
+class Llama(nn.Module):
+    """Llama with its output projection: token ids in, logits of the next token out.
+
+    Weights start at torch's defaults; `reference_impl.checkpoint` loads trained ones.
+    """
+
+    def __init__(self, config: LlamaConfig, attention: str = "eager") -> None:
+        """`attention`: "eager" writes attention out, and its parts can be hooked; "sdpa" uses torch's fused kernel."""
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config, attention)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: masks.PaddingMask | None = None,
+        position_ids: Int[Tensor, "#batch #seq"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Logits of the token after each of `input_ids`. Logits at padding mean nothing, but are finite.
+
+        Args:
+            attention_mask: one number for each of `input_ids`, 1 real and 0 padding, on either side.
+            position_ids: by default the number of real tokens before each in its row, cached ones included. They
+                only turn queries and keys: what a token may see follows from its place. One row may serve all.
+            cache: earlier tokens of the same rows; these are added to it. Needs torch.no_grad().
+
+        Raises:
+            ValueError: the mask or the positions do not fit `input_ids`, or these do not fit `cache`.
+        """
+        logits: Tensor = self.lm_head(self.model(input_ids, attention_mask, position_ids, cache))
+        return logits
+
+    def session(self, max_length: int | None = None) -> Session:
+        """A batch of texts to be fed piece by piece; `max_length` (tokens, padding included) fixes its memory."""
+        return Session(self, KVCache(num_hidden_layers=self.config.num_hidden_layers, max_length=max_length))
+
+
+def _typed(field: Field[Any], value: Any) -> Any:
+    """A value of config.json as the type of its field, where 2 may stand for 2.0."""
+    if field.type is float and type(value) is int:
+        return float(value)
+    if type(value) is not field.type:
+        raise ValueError(f"{field.name}={value!r} must be of type {getattr(field.type, '__name__', field.type)}")
+    return value
+
+
+def _require_divisible(config: LlamaConfig, whole: str, part: str, way_out: str) -> None:
+    a, b = getattr(config, whole), getattr(config, part)
+    if a % b:
+        raise ValueError(f"{whole}={a} must be divisible by {part}={b}; {way_out}")

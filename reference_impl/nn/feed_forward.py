@@ -1,0 +1,58 @@
+"""The gated feed-forward block (SwiGLU and its relatives) and the activations that config.json can name."""
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+# hidden_act → its module. Φ is the normal distribution function.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "silu": nn.SiLU,  # x · σ(x)
+    "gelu": nn.GELU,  # x · Φ(x), exact
+    "gelu_new": lambda: nn.GELU(approximate="tanh"),  # x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))
+    "gelu_pytorch_tanh": lambda: nn.GELU(approximate="tanh"),  # the same function, by its later name
+    "relu": nn.ReLU,  # max(0, x)
+}
+
+
+def activation(hidden_act: str) -> nn.Module:
+    """The activation that config.json calls `hidden_act`.
+
+    Swish₁ (SiLU): Ramachandran et al. 2017 (arXiv:1710.05941). GELU: Hendrycks & Gimpel 2016 (arXiv:1606.08415),
+    section 2; its tanh form is off by up to 4.7e-4, so that the two are not interchangeable.
+
+    Raises:
+        ValueError: the name is not implemented.
+    """
+    if hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act={hidden_act!r} is not implemented; use one of {sorted(ACTIVATIONS)}")
+    return ACTIVATIONS[hidden_act]()
+
+
+def gate(
+    gate_projection: Float[Tensor, "*batch ffn"], up_projection: Float[Tensor, "*batch ffn"], act_fn: nn.Module
+) -> Float[Tensor, "*batch ffn"]:
+    """act(gate) ⊗ up: the activation goes on the gate."""
+    activated: Tensor = act_fn(gate_projection)
+    return activated * up_projection
+
+
+class GatedFeedForward(nn.Module):
+    """Two projections up, one gating the other, and one down.
+
+        y = (act(x W) ⊗ x V) W₂
+
+    Shazeer 2020 (arXiv:2002.05202), equation 6, SwiGLU with `hidden_act` "silu": W → gate_proj, V → up_proj,
+    W₂ → down_proj. Arithmetic is in the dtype of `x`.
+    """
+
+    def __init__(self, *, hidden_size: int, intermediate_size: int, hidden_act: str, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.act_fn = activation(hidden_act)
+
+    def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+        output: Tensor = self.down_proj(gate(self.gate_proj(x), self.up_proj(x), self.act_fn))
+        return output

@@ -1,0 +1,9 @@
+"""Settings for all tests: one thread (the tests run side by side), nothing from a hub."""
+
+import os
+
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)

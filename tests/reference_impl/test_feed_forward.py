@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+
+from reference_impl.nn import feed_forward
+from reference_impl.nn.feed_forward import GatedFeedForward
+
+
+def gelu_tanh(x):
+    return x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+EQUATIONS = {
+    "silu": lambda x: x / (1 + math.exp(-x)),
+    "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": lambda x: max(0.0, x),
+}
+
+
+@pytest.mark.parametrize("hidden_act", EQUATIONS)
+def test_activation_follows_its_equation(hidden_act):
+    grid = [step / 8 for step in range(-32, 33)]
+    expected = torch.tensor([EQUATIONS[hidden_act](x) for x in grid], dtype=torch.float64)
+    ours = feed_forward.activation(hidden_act)(torch.tensor(grid, dtype=torch.float64))
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_every_activation_is_tested():
+    assert feed_forward.ACTIVATIONS.keys() == EQUATIONS.keys()
+
+
+def test_an_unknown_activation_is_refused_by_name():
+    with pytest.raises(ValueError, match="hidden_act='quick_gelu' is not implemented; use one of"):
+        feed_forward.activation("quick_gelu")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_follows_the_equation(bias):
+    block = GatedFeedForward(hidden_size=3, intermediate_size=4, hidden_act="silu", bias=bias).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(generator=generator)
+    x = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator)
+
+    def project(linear, vector):
+        rows, biases = linear.weight.tolist(), linear.bias.tolist() if bias else [0.0] * linear.out_features
+        return [sum(w * v for w, v in zip(row, vector, strict=True)) + b for row, b in zip(rows, biases, strict=True)]
+
+    expected = torch.empty_like(x)
+    for b in range(2):
+        for t in range(5):
+            vector = x[b, t].tolist()
+            gate, up = project(block.gate_proj, vector), project(block.up_proj, vector)
+            product = [g / (1 + math.exp(-g)) * u for g, u in zip(gate, up, strict=True)]
+            expected[b, t] = torch.tensor(project(block.down_proj, product), dtype=torch.float64)
+    torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_activation_is_a_module_that_hooks_can_read():
+    block = GatedFeedForward(hidden_size=3, intermediate_size=4, hidden_act="relu", bias=False)
+    seen = []
+    block.act_fn.register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    block(x)
+    ((gate, activated),) = seen
+    assert torch.equal(gate, x @ block.gate_proj.weight.T)
+    assert torch.equal(activated, gate.clamp(min=0))

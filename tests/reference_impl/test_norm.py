@@ -1,0 +1,54 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from reference_impl.nn.norm import RMSNorm, rms_norm
+
+
+def test_divides_by_the_root_mean_square_and_scales_each_element():
+    x = torch.tensor([[3.0, 4.0]], dtype=torch.float64)  # mean square 12.5
+    weight = torch.tensor([2.0, -10.0], dtype=torch.float64)
+    expected = torch.tensor([[6 / math.sqrt(12.5), -40 / math.sqrt(12.5)]], dtype=torch.float64)
+    torch.testing.assert_close(rms_norm(x, weight, eps=0.0), expected, rtol=1e-15, atol=0)
+
+
+def test_eps_is_added_to_the_mean_square_inside_the_root():
+    x = torch.tensor([1e-3, 3e-3], dtype=torch.float64)  # mean square 5e-6; with eps it is 9e-6, the square of 3e-3
+    expected = torch.tensor([1 / 3, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(rms_norm(x, torch.ones_like(x), eps=4e-6), expected, rtol=1e-15, atol=0)
+
+
+def test_agrees_with_torch():
+    x = torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5
+    ours, theirs = RMSNorm(hidden_size=5, eps=0.1).double(), nn.RMSNorm(5, eps=0.1, dtype=torch.float64)
+    with torch.no_grad():
+        ours.weight.copy_(torch.tensor([0.5, -1.0, 2.0, 3.0, 0.25]))
+        theirs.weight.copy_(ours.weight)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-14, atol=0)
+
+
+def test_float16_values_whose_squares_overflow_are_normalised():
+    x = torch.tensor([3000.0, -3000.0, 3000.0], dtype=torch.float16)
+    expected = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float16)
+    assert torch.equal(rms_norm(x, torch.ones_like(x), eps=1e-6), expected)
+
+
+def test_bfloat16_rounds_before_it_scales():
+    # bfloat16 is spaced 1/128 here. 3/√5 = 1.3416 → 1.34375; · 1.0625 = 1.42773 → 1.4296875.
+    # Scaled first: 3/√5 · 1.0625 = 1.42549 → 1.421875.
+    x = torch.tensor([1.0, 3.0], dtype=torch.bfloat16)
+    weight = torch.tensor([1.0, 1.0625], dtype=torch.bfloat16)
+    assert rms_norm(x, weight, eps=0.0)[1].item() == 1.4296875
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_keeps_the_dtype(dtype):
+    assert RMSNorm(hidden_size=4, eps=1e-5).to(dtype)(torch.ones(2, 4, dtype=dtype)).dtype == dtype
+
+
+def test_leaves_its_input_unchanged():
+    x = torch.tensor([[3.0, 4.0]])
+    rms_norm(x, torch.ones(2), eps=1e-5)
+    assert torch.equal(x, torch.tensor([[3.0, 4.0]]))
