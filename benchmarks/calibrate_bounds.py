@@ -22,8 +22,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from conformance import bounds, golden
+from conformance import bounds
 from conformance.families import get
+from conformance.golden import decoder
 from conformance.implementation import Checkpoint
 from conformance.implementations.reference import Reference
 from conformance.oracles.hugging_face import HuggingFace
@@ -39,9 +40,9 @@ def sample(seed: int) -> Samples:
     recipes = [r for r in family.recipes if r.last_rows is None]
     recipe = recipes[seed % len(recipes)]
     recipe = dataclasses.replace(recipe, name=f"{recipe.name}-{seed}", weights=f"calibrate/{seed}", store=frozenset())
-    weights, ids = golden.draw_weights(family, recipe), golden.draw_inputs(recipe)["input_ids"]
+    weights, ids = decoder.draw_weights(family, recipe), decoder.draw_inputs(recipe)["input_ids"]
     truth = HuggingFace(family, recipe.config, weights).logits(ids)
-    noise = golden.measure_noise(family, recipe.config, weights, ids, truth)
+    noise = decoder.measure_noise(family, recipe.config, weights, ids, truth)
     implementations = {"reference": Reference("eager"), "reference-sdpa": Reference("sdpa")}
     implementations |= {name: make() for name, make in LAYOUTS.items()}
     found: Samples = defaultdict(list)

@@ -137,11 +137,15 @@ class Judge:
         Raises: Misbehaviour for NaN or infinity in a real row, Failure beyond the bound.
         """
         got = got.detach().to(device="cpu", dtype=torch.float64)
+        if got.shape != truth.shape:
+            raise Misbehaviour("shape", f"{what} of shape {tuple(got.shape)}, wanted {tuple(truth.shape)}")
         kept_got, kept_truth = (got, truth) if real is None else (got[real], truth[real])
         if not kept_got.isfinite().all():
             wrong = ~got.isfinite()
-            raise Misbehaviour("not finite", f"{int(wrong.sum())} of {got.numel()} {what} are NaN or infinite, the "
-                               f"first at {tuple(wrong.nonzero()[0].tolist())}")  # fmt: skip
+            if real is not None:
+                wrong[~real] = False
+            raise Misbehaviour("not finite", f"{int(wrong.sum())} of {kept_got.numel()} {what} are NaN or infinite, "
+                               f"the first at {tuple(wrong.nonzero()[0].tolist())}")  # fmt: skip
         stored = self.case.oracle_error(noise, self.dtype)
         oracle = bounds.Error(**stored) if stored else None
         judgement = bounds.within(bounds.measure(kept_got, kept_truth, scale), self.dtype, oracle)

@@ -48,11 +48,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--conformance-save", metavar="FILE", help="write the run as JSON")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Under -n, claims of one case stay on one worker, so that a checkpoint is loaded once."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
+    """Under -n, claims of one case stay on one worker, so that a checkpoint is loaded once.
+
+    A wrapper, so as to come before pytest-xdist, which would choose --dist load.
+    """
     if config.getoption("implementation") and getattr(config.option, "dist", None) == "no":
         config.option.dist = "loadgroup" if getattr(config.option, "numprocesses", None) else "no"
+    return (yield)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -252,10 +256,13 @@ class Run:
 
     # --- results -----------------------------------------------------------------------------------------------------
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if _CLAIM_ID.search(report.nodeid) and not self.is_xdist_worker:
+            report.nodeid = report.nodeid.split("@")[0]  # one name with -n and without: for --lf, for JUnit
         for name, value in report.user_properties:
             if name == PROPERTY and report.when == "call":
-                self.results[report.nodeid.split("@")[0]] = json.loads(str(value))
+                self.results[report.nodeid] = json.loads(str(value))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:

@@ -64,9 +64,12 @@ class Family:
     tensor_shapes: config -> hub name -> shape, what a checkpoint of that config holds.
     probes: config -> its probes in computational order.
     module_probes: config -> probe -> (hub module path, "input" or "output"), for probes that a module boundary shows.
+    kernel_probes: config -> probe -> (path of the nn.Identity that shows it in reference_impl, its name in the
+        attention kernel: "query", "key", "scores", "weights", "context"), for probes inside the attention.
     block_checkpoint: config, weights, inputs of block N (batch, seq, hidden), N -> the configuration and weights of a
         one-layer checkpoint that feeds block N those inputs when it is given arange(batch · seq) as ids.
     probe_sizes: config, batch, seq -> size of every axis that the probes name.
+    oracle_settings: what the oracle's configuration needs beside config.json (an expert kernel that has float64, …).
     """
 
     name: str
@@ -80,7 +83,9 @@ class Family:
     probes: Callable[[Config], list[ProbeSpec]]
     module_probes: Callable[[Config], dict[str, tuple[str, str]]]
     block_checkpoint: Callable[..., tuple[Config, dict[str, Any]]]
+    kernel_probes: Callable[[Config], dict[str, tuple[str, str]]]
     probe_sizes: Callable[[Config, int, int], dict[str, int]]
+    oracle_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def get(name: str) -> Family:

@@ -6,6 +6,7 @@ Oracle: `LlamaForCausalLM` of Hugging Face transformers at true double precision
 from typing import TYPE_CHECKING, Any
 
 from conformance.families import Config, ConfigField, Family, Recipe
+from conformance.families.decoders import FULL, MODEST, WORKING, field_case, without
 from conformance.probes import ProbeSpec
 
 if TYPE_CHECKING:
@@ -77,51 +78,9 @@ def _kv_heads(config: Config) -> int:
 
 # --- cases ----------------------------------------------------------------------------------------------------------
 
-_ALL = ("float64", "float32", "bfloat16")
-_MODEST = {
-    "golden.logits": _ALL,
-    "golden.left_padding": ("float64", "float32"),
-    "golden.right_padding": ("float64", "float32"),
-    "cache.prefill_decode": ("float64", "float32"),
-    "cache.one_by_one": ("float64",),
-    "cache.chunks": ("float64", "float32"),
-    "cache.ragged": ("float64", "float32"),
-}
-_FULL = _MODEST | {
-    "golden.logits": (*_ALL, "float16"),
-    "golden.positions": ("float64",),
-    "golden.loss": ("float64",),
-    "golden.blocks": ("float64", "float32"),
-    "golden.gradients": ("float64",),
-}
-
-
-def _without(claims: dict[str, tuple[str, ...]], *checks: str) -> dict[str, tuple[str, ...]]:
-    return {check: dtypes for check, dtypes in claims.items() if check not in checks}
-
 
 def _field(field: str, label: str, changes: dict[str, Any], *, also: dict[str, Config] | None = None) -> Recipe:
-    """`plain` with one field moved; the first counterfactual is always the field ignored, that is `plain` itself."""
-    config = _config(**changes)
-    ignored = {f"{field} ignored": _config()} if _same_shapes(config, _config()) else {}
-    return Recipe(
-        name=f"llama/field-{label}",
-        summary=f"plain with {field} moved",
-        config=config,
-        weights="llama/plain",
-        claims=_MODEST,
-        field=field,
-        counterfactuals=ignored | (also or {}),
-    )
-
-
-def _same_shapes(config: Config, other: Config) -> bool:
-    """Whether a candidate that ignores the field could load the checkpoint: it needs no tensor of another shape.
-
-    A bias that is in the file and not read counts as the same shapes.
-    """
-    mine, others = tensor_shapes(config), tensor_shapes(other)
-    return all(mine.get(name) == shape for name, shape in others.items())
+    return field_case("llama", field, label, _config(**changes), _config(), tensor_shapes, also=also)
 
 
 _LLAMA3 = {
@@ -157,7 +116,7 @@ def _recipes() -> tuple[Recipe, ...]:
             summary="unequal sizes, every maths field at its default: what a modest engine can pass",
             config=_config(),
             weights="llama/plain",
-            claims=_without(_FULL, "golden.gradients"),
+            claims=without(FULL, "golden.gradients"),
             store=frozenset({"blocks", "positions", "loss"}),
         ),
         Recipe(
@@ -165,7 +124,7 @@ def _recipes() -> tuple[Recipe, ...]:
             summary="everything at once: all sizes different, grouped-query attention, biases, llama3 scaling",
             config=distinct,
             weights="llama/distinct",
-            claims=_FULL,
+            claims=FULL,
             store=frozenset({"probes", "gradients", "blocks", "positions", "loss"}),
         ),
         Recipe(
@@ -174,7 +133,7 @@ def _recipes() -> tuple[Recipe, ...]:
             config=square,
             weights="llama/square",
             batch=3,
-            claims=_without(_FULL, "golden.gradients", "golden.blocks"),
+            claims=without(FULL, "golden.gradients", "golden.blocks"),
             store=frozenset({"positions", "loss"}),
         ),
         Recipe(
@@ -182,7 +141,7 @@ def _recipes() -> tuple[Recipe, ...]:
             summary="Llama-1: multi-head attention, no num_key_value_heads in the file",
             config=_config(hidden_size=40, num_attention_heads=5, intermediate_size=44, num_hidden_layers=3),
             weights="llama/mha",
-            claims=_without(_FULL, "golden.gradients", "golden.blocks"),
+            claims=without(FULL, "golden.gradients", "golden.blocks"),
             store=frozenset({"positions", "loss"}),
         ),
         Recipe(
@@ -190,7 +149,7 @@ def _recipes() -> tuple[Recipe, ...]:
             summary="multi-query attention: one key-value head",
             config=_config(num_key_value_heads=1),
             weights="llama/plain",
-            claims=_without(_FULL, "golden.gradients", "golden.blocks"),
+            claims=without(FULL, "golden.gradients", "golden.blocks"),
             store=frozenset({"positions", "loss"}),
         ),
         Recipe(
@@ -200,7 +159,7 @@ def _recipes() -> tuple[Recipe, ...]:
             weights="llama/long",
             batch=1,
             seq=2060,
-            claims={"golden.logits": _ALL, "cache.prefill_decode": ("float64", "float32")},
+            claims={"golden.logits": WORKING, "cache.prefill_decode": ("float64", "float32")},
             last_rows=16,
         ),
         _field("rms_norm_eps", "rms_norm_eps", {"rms_norm_eps": 0.05}),
@@ -233,7 +192,7 @@ def _recipes() -> tuple[Recipe, ...]:
             summary="plain with every key that has a default left out of config.json",
             config=_terse(),
             weights="llama/plain",
-            claims=_MODEST,
+            claims=MODEST,
             field="absent keys",
             counterfactuals={
                 "tie_word_embeddings taken for true": _config(tie_word_embeddings=True),
@@ -348,8 +307,7 @@ def probe_sizes(config: Config, batch: int, seq: int) -> dict[str, int]:
 def module_probes(config: Config) -> dict[str, tuple[str, str]]:
     """Probe -> (module path as the hub names it, "input" or "output").
 
-    What no module boundary shows (query_rotated, key_rotated, scores, weights) comes from a tap on the attention
-    kernel (Hugging Face) or from a named nn.Identity (reference_impl).
+    What no module boundary shows is in `kernel_probes`.
     """
     found = {
         "embedding": ("model.embed_tokens", "output"),
@@ -377,6 +335,17 @@ def module_probes(config: Config) -> dict[str, tuple[str, str]]:
             path = f"model.layers.{layer}.{module}".rstrip(".")
             found[f"layers.{layer}.{probe}"] = (path, side)
     return found
+
+
+def kernel_probes(config: Config) -> dict[str, tuple[str, str]]:
+    """Probe -> (layer's module path as the reference names it, what the attention kernel calls the value)."""
+    return {
+        f"layers.{layer}.attention.{probe}": (f"model.layers.{layer}.self_attn.{probe}", quantity)
+        for layer in range(config["num_hidden_layers"])
+        for probe, quantity in {
+            "query_rotated": "query", "key_rotated": "key", "scores": "scores", "weights": "weights",
+        }.items()
+    }  # fmt: skip
 
 
 _EQUATIONS = r"""
@@ -418,5 +387,6 @@ FAMILY = Family(
     probes=probes,
     probe_sizes=probe_sizes,
     module_probes=module_probes,
+    kernel_probes=kernel_probes,
     block_checkpoint=block_checkpoint,
 )  # fmt: skip

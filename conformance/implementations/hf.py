@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Families whose model the installed transformers has.
+HUB_FAMILIES = frozenset({"llama"})
+
 
 class HuggingFaceModels:
     """`AutoModelForCausalLM.from_pretrained` behind the contract.
@@ -12,7 +15,7 @@ class HuggingFaceModels:
     attention: the kernel, "eager" or "sdpa".
     """
 
-    families = frozenset({"llama"})
+    families = HUB_FAMILIES
 
     def __init__(self, attention: str):
         self.attention = attention
@@ -25,7 +28,9 @@ class HuggingFaceModels:
 
     def load(self, checkpoint: Any) -> "Model":
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.path, dtype=checkpoint.dtype, attn_implementation=self.attention
         )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from conformance.families import FAMILIES
 from conformance.oracles.true_double import TrueDouble
 from conformance.probes import at_module_boundaries, canonical
 
@@ -18,7 +19,7 @@ class Reference:
     attention: "eager" writes attention out, "sdpa" uses torch's fused kernel.
     """
 
-    families = frozenset({"llama"})
+    families = frozenset(FAMILIES)
 
     def __init__(self, attention: Literal["eager", "sdpa"]):
         self.attention = attention
@@ -59,20 +60,19 @@ def build(config: "Config", weights: dict[str, Tensor]) -> torch.nn.Module:
     return Reference("eager").load(Checkpoint(config, weights, torch.float64, torch.device("cpu"))).model
 
 
-def logits(config: "Config", weights: dict[str, Tensor], input_ids: Tensor) -> Tensor:
+def logits(
+    config: "Config", weights: dict[str, Tensor], input_ids: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
     """The reference's float64 logits."""
     model = build(config, weights)
     with TrueDouble(), torch.no_grad():
-        return model(input_ids)  # type: ignore[no-any-return]
+        return model(input_ids, position_ids=position_ids)  # type: ignore[no-any-return]
 
 
 def probes(family: "Family", config: "Config", weights: dict[str, Tensor], input_ids: Tensor) -> dict[str, Tensor]:
     """Every probe of the family from the reference, in canonical axes, float64."""
-    where = family.module_probes(config)
-    for spec in family.probes(config):  # what no weight-holding module returns is a named nn.Identity
-        if spec.name not in where:
-            layer, _, part = spec.name.removeprefix("layers.").partition(".attention.")
-            where[spec.name] = (f"model.layers.{layer}.self_attn.{part}", "output")
+    inside = {probe: (path, "output") for probe, (path, _) in family.kernel_probes(config).items()}
+    where = family.module_probes(config) | inside
     model = build(config, weights)
     with TrueDouble(), torch.no_grad(), at_module_boundaries(model, where) as found:
         model(input_ids)

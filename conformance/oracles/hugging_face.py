@@ -1,20 +1,23 @@
 """Hugging Face transformers as oracle: its unmodified models, at true double precision or in a working dtype.
 
-The model is built from the case's own config and weights, under `TrueDouble` for the truth (its `.double()` keeps
-float32 casts inside).  Probes come from forward hooks at module boundaries and from a tap on the attention kernel;
-none of them is computed by this project, except `scores`, which the kernel does not return: they are recomputed from
+The library itself loads the model from a checkpoint directory, under `TrueDouble` for the truth (its `.double()` keeps
+float32 casts inside).  Probes come from forward hooks at module boundaries and from a tap on the attention kernel; none
+of them is computed by this project, except `scores`, which the kernel does not return: they are recomputed from
 the kernel's own query and key and must reproduce the kernel's own weights.
 """
 
 import contextlib
-import copy
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from conformance.cases import write_json
 from conformance.oracles.true_double import TrueDouble
 from conformance.probes import at_module_boundaries, canonical
 
@@ -43,19 +46,27 @@ class HuggingFace:
         dtype: torch.dtype | None = None,
         attention: str = "eager",
     ):
-        import transformers
-
         self.family, self.config = family, config
         self._mode: Any = TrueDouble if dtype is None else contextlib.nullcontext
         self.dtype = dtype or torch.float64
-        architecture = getattr(transformers, family.oracle)
+        with tempfile.TemporaryDirectory() as directory:
+            write_json(Path(directory, "config.json"), config)
+            save_file(weights, Path(directory, "model.safetensors"), metadata={"format": "pt"})
+            self.model = self._load(directory, attention)
+
+    def _load(self, directory: str, attention: str) -> Any:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        architecture = getattr(transformers, self.family.oracle)
         with self._mode():
-            settings = architecture.config_class.from_dict(copy.deepcopy(config), attn_implementation=attention)
-            self.model = architecture(settings).to(self.dtype).eval()
-            missing, unexpected = self.model.load_state_dict(weights, strict=False)
-        tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
-        if set(missing) - tied or unexpected:
-            raise ValueError(f"{family.oracle} misses {sorted(set(missing) - tied)}, does not want {unexpected}")
+            model, info = architecture.from_pretrained(
+                directory, dtype=self.dtype, attn_implementation=attention, output_loading_info=True,
+                **self.family.oracle_settings,
+            )  # fmt: skip
+        if faults := {what: sorted(found) for what, found in info.items() if found}:
+            raise ValueError(f"{self.family.oracle} does not want exactly these weights: {faults}")
+        return model.eval()
 
     def logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -78,7 +89,9 @@ class HuggingFace:
         boundaries = at_module_boundaries(self.model, self.family.module_probes(self.config))
         with torch.no_grad(), self._mode(), _tapped(self.model) as tapped, boundaries as found:
             self._call(input_ids, None, None)
-        return canonical(self.family, self.config, found | tapped, *input_ids.shape)
+        for probe, (_, quantity) in self.family.kernel_probes(self.config).items():
+            found[probe] = tapped[int(probe.split(".")[1])][quantity]
+        return canonical(self.family, self.config, found, *input_ids.shape)
 
     def _call(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, **more: Any) -> Any:
         # With jumping positions and no mask the library takes a row for packed documents; a mask of ones says no.
@@ -95,27 +108,29 @@ def real_positions(attention_mask: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _tapped(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Switch the model to an attention kernel that also tells what it received and returned."""
+def _tapped(model: torch.nn.Module) -> Iterator[dict[int, dict[str, Tensor]]]:
+    """Switch the model to an attention kernel that also tells what it received and returned, layer by layer.
+
+    Works for models on the library's attention interface.
+    """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    tapped: dict[str, Tensor] = {}
+    tapped: dict[int, dict[str, Tensor]] = {}
 
     def tap(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kw: Any
     ) -> Any:
         home = sys.modules[type(module).__module__]
         context, weights = home.eager_attention_forward(module, query, key, value, attention_mask, scaling, **kw)
-        scores = query @ home.repeat_kv(key, query.shape[1] // key.shape[1]).transpose(2, 3) * scaling
+        groups = query.shape[1] // key.shape[1]
+        keys = home.repeat_kv(key, groups) if groups > 1 else key
+        scores = query @ keys.transpose(2, 3) * scaling
         masked = scores if attention_mask is None else scores + attention_mask
         if not torch.allclose(masked.softmax(-1), weights, rtol=0, atol=1e-14):
             raise AssertionError("the recomputed scores do not give the kernel's own weights")
-        prefix = f"layers.{module.layer_idx}.attention."
-        for name, tensor in {
-            "query_rotated": query, "key_rotated": key, "scores": scores, "weights": weights,
-        }.items():  # fmt: skip
-            tapped[prefix + name] = tensor.detach().clone()
+        values = {"query": query, "key": key, "scores": scores, "weights": weights, "context": context}
+        tapped[module.layer_idx] = {quantity: tensor.detach().clone() for quantity, tensor in values.items()}
         return context, weights
 
     ALL_ATTENTION_FUNCTIONS.register("conformance_tap", tap)

@@ -1,6 +1,7 @@
 """The output of `conformance run`: progress, a table, the failures, the field matrix, the counts."""
 
 import io
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from conformance.implementation import DTYPES
-from conformance.report.text import counts_line, failure_lines
+from conformance.report.text import counts_line, failure_lines, shortfall
 
 WIDTH = 120
 BAD = ("fail", "error", "timeout", "crash")
@@ -78,8 +79,13 @@ def print_run(console: Console, run: dict[str, Any], spec: str) -> None:
         console.print(line)
     if run["fields"]:
         console.print(fields_table(run))
-    bad = any(run["counts"][outcome] for outcome in BAD)
+    for reason, count in Counter(c["message"] for c in run["claims"] if c["outcome"] == "skipped").items():
+        console.print(Text(f"{count} skipped: {reason}", style="yellow"))
+    short = shortfall(run)
+    bad = short or any(run["counts"][outcome] for outcome in BAD)
     console.print(Text(counts_line(run), style="bold red" if bad else "bold green"))
+    if short:
+        console.print(Text(short, style="bold red"))
 
 
 def table(run: dict[str, Any]) -> Table:
@@ -101,12 +107,13 @@ def table(run: dict[str, Any]) -> Table:
 
 
 def _cell(claims: list[dict[str, Any]]) -> Text:
-    """`7/7`; unsupported claims are left out of the count and marked `+2u`."""
+    """`7/7`; claims that were not put to the candidate are not counted: `+2u` unsupported, `+3s` skipped."""
     judged = [c for c in claims if c["outcome"] not in ("unsupported", "skipped")]
     passed = sum(c["outcome"] == "pass" for c in judged)
-    declared = len(claims) - len(judged)
     text = f"{passed}/{len(judged)}" if judged else ""
-    text += f" +{declared}u" if declared else ""
+    for outcome in ("unsupported", "skipped"):
+        count = sum(c["outcome"] == outcome for c in claims)
+        text += f" +{count}{outcome[0]}" if count else ""
     return Text(text.strip() or "–", style="red" if passed < len(judged) else "green" if judged else "yellow")
 
 

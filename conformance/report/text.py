@@ -59,6 +59,16 @@ def counts_line(run: dict[str, Any]) -> str:
     return f"{counts['executed']} of {counts['selected']} claims executed: {said or 'nothing'}"
 
 
+def shortfall(run: dict[str, Any]) -> str:
+    """Why a run is less than it should be, though no claim need have failed; empty when it is not."""
+    counts = run["counts"]
+    if missing := counts["selected"] - sum(counts[o] for o in OUTCOMES):
+        return f"{missing} of {counts['selected']} claims have no outcome: the run was stopped, or a test process died"
+    if not counts["executed"]:
+        return "nothing was executed, so nothing is proved"
+    return ""
+
+
 def field_lines(run: dict[str, Any]) -> list[str]:
     """The field matrix, a line a field case."""
     width = max((len(name) for name in run["fields"]), default=0)
@@ -72,3 +82,5 @@ def print_summary(run: dict[str, Any], write: Callable[[str], None]) -> None:
     for line in field_lines(run):
         write("  " + line)
     write(counts_line(run))
+    if short := shortfall(run):
+        write(short)

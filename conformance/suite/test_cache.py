@@ -37,7 +37,7 @@ def test_ragged(judge: "Judge") -> None:
     case = judge.case
     longest = case.inputs["input_ids"].shape[1] - DECODED
     lengths = case.inputs["lengths"].clamp(max=longest)
-    prompt, mask, truth = padded(case, "left", lengths, width=longest)
+    prompt, mask, truth = padded(case.inputs, case.expected["logits"], "left", lengths, longest)
     steps = lengths[:, None] + torch.arange(DECODED)  # (batch, DECODED): where each row's decoded tokens stand
     row = torch.arange(len(lengths))[:, None]
     ids = torch.cat([prompt, case.inputs["input_ids"][row, steps]], dim=1)

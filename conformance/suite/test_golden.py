@@ -22,14 +22,14 @@ def test_left_padding(judge: "Judge") -> None:
     Positions count real tokens: cumsum(attention_mask) - 1.
     """
     judge.candidate.need("attention_mask")
-    ids, mask, truth = padded(judge.case, "left")
+    ids, mask, truth = padded(judge.case.inputs, judge.case.expected["logits"], "left")
     judge.compare(judge.logits(ids, attention_mask=mask), truth, real=mask.bool())
 
 
 def test_right_padding(judge: "Judge") -> None:
     """In a batch of rows of different lengths, padded on the right with junk, every real row is right."""
     judge.candidate.need("attention_mask")
-    ids, mask, truth = padded(judge.case, "right")
+    ids, mask, truth = padded(judge.case.inputs, judge.case.expected["logits"], "right")
     judge.compare(judge.logits(ids, attention_mask=mask), truth, real=mask.bool())
 
 
@@ -54,7 +54,7 @@ def test_loss(judge: "Judge") -> None:
         loss = judge.candidate(ids, labels=ids).loss
     if loss is None:
         raise Unsupported('the model returns no "loss"')
-    judge.compare(loss.reshape(()), judge.case.expected["loss"], what="loss")
+    judge.compare(loss, judge.case.expected["loss"], what="loss")
 
 
 def test_gradients(judge: "Judge") -> None:

@@ -215,8 +215,8 @@ def test_movement_is_held_against_one_thousandth(
         ignored = self.config == CONFIG and self.dtype == torch.float64
         return truth * (1 + moved) if ignored else real(self, ids, *args, **kwargs)
 
-    truth = HuggingFace(llama.FAMILY, BIAS.config, golden.draw_weights(llama.FAMILY, BIAS)).logits(
-        golden.draw_inputs(BIAS)["input_ids"]
+    truth = HuggingFace(llama.FAMILY, BIAS.config, golden.decoder.draw_weights(llama.FAMILY, BIAS)).logits(
+        golden.decoder.draw_inputs(BIAS)["input_ids"]
     )
     monkeypatch.setattr(HuggingFace, "logits", logits)
     if accepted:
@@ -275,37 +275,37 @@ def test_disagreement_of_rounding_is_accepted(monkeypatch: pytest.MonkeyPatch, t
 def test_disagreement_at_one_probe_is_refused_by_its_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, where: str
 ) -> None:
-    right = golden.reference.probes
+    right = golden.decoder.reference.probes
 
     def probes(*args: Any) -> dict[str, Tensor]:
         found = right(*args)
         found[name].view(-1)[-1] += 1e-9
         return found
 
-    monkeypatch.setattr(golden.reference, "probes", probes)
+    monkeypatch.setattr(golden.decoder.reference, "probes", probes)
     assert where in refusal(SMALL, monkeypatch, tmp_path)
 
 
 def test_disagreement_at_one_gradient_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    right = golden.reference.loss_and_gradients
+    right = golden.decoder.reference.loss_and_gradients
 
     def loss_and_gradients(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
         loss, gradients = right(*args)
         gradients["model.norm.weight"][5] += 1e-9
         return loss, gradients
 
-    monkeypatch.setattr(golden.reference, "loss_and_gradients", loss_and_gradients)
+    monkeypatch.setattr(golden.decoder.reference, "loss_and_gradients", loss_and_gradients)
     assert "at model.norm.weight, wanted 1e-12" in refusal(SMALL, monkeypatch, tmp_path)
 
 
 def test_gradient_on_one_side_only_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    right = golden.reference.loss_and_gradients
+    right = golden.decoder.reference.loss_and_gradients
 
     def loss_and_gradients(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
         loss, gradients = right(*args)
         return loss, {name: g for name, g in gradients.items() if name != "lm_head.weight"}
 
-    monkeypatch.setattr(golden.reference, "loss_and_gradients", loss_and_gradients)
+    monkeypatch.setattr(golden.decoder.reference, "loss_and_gradients", loss_and_gradients)
     assert "gradients for ['lm_head.weight'] on one side only" in refusal(SMALL, monkeypatch, tmp_path)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from conformance.bounds import measure
 from conformance.families import Recipe, get
-from conformance.golden import draw_inputs, draw_weights
+from conformance.golden.decoder import draw_inputs, draw_weights
 from conformance.oracles.true_double import TrueDouble
+from conformance.probes import at_module_boundaries
 from tests.candidates import LAYOUTS
 
 transformers = pytest.importorskip("transformers")
@@ -188,6 +189,17 @@ def test_positions_of_left_padded_rows_count_real_tokens() -> None:
 def test_positions_stop_where_right_padding_begins() -> None:
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
     assert real_positions(mask).tolist() == [[0, 1, 2, 2, 2], [0, 0, 0, 0, 0]]
+
+
+def test_library_turns_queries_and_keys_by_the_positions_of_real_tokens() -> None:
+    """Left to itself it counts slots, which no logits show: rotary positions may be offset row by row."""
+    model, seen = oracle(DISTINCT), []
+    rotary = model.model.model.rotary_emb
+    rotary.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    model.logits(torch.tensor([[9, 9, 3, 5, 7], [2, 4, 6, 8, 1]]), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]))
+    [(args, kwargs)] = seen
+    positions = kwargs.get("position_ids", args[-1])
+    assert positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
 
 
 def respelt(recipe: Recipe, *kept: str) -> Recipe:
@@ -365,6 +377,18 @@ def test_residual_and_feed_forward_probes_follow_from_each_other(probes: dict[st
 
 def test_head_probe_is_the_final_norm_through_the_head(probes: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
     assert error(probes["logits"], probes["final_norm"] @ weights["lm_head.weight"].T) < AGREEMENT
+
+
+def test_probe_is_a_copy_that_a_later_operation_in_place_does_not_change() -> None:
+    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.ReLU(inplace=True))
+    where = {"before": ("0", "output"), "into": ("1", "input"), "after": ("1", "output")}
+    with at_module_boundaries(model, where) as found:
+        model(torch.tensor([-3.0, 5.0]))
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "before": [-3.0, 5.0],
+        "into": [-3.0, 5.0],
+        "after": [0.0, 5.0],
+    }
 
 
 def test_model_is_as_before_after_its_probes_were_taken() -> None:

@@ -1,6 +1,7 @@
 """The JSON of a run: valid by its own schema whatever happened, written whole or not at all, and refused by name."""
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -11,7 +12,17 @@ import jsonschema
 import pytest
 
 from conformance.cases import Claim
-from conformance.report.model import OUTCOMES, died, executed, field_matrix, read_run, run_document, schema, write_run
+from conformance.report.model import (
+    OUTCOMES,
+    died,
+    executed,
+    field_matrix,
+    not_run,
+    read_run,
+    run_document,
+    schema,
+    write_run,
+)
 from conformance.worker import Died
 
 DESCRIPTION = {
@@ -110,10 +121,15 @@ def test_run_that_could_not_be_made_is_valid_and_says_why() -> None:
 
 
 def test_document_names_the_fixtures_it_was_judged_by() -> None:
-    import hashlib
-
     manifest = Path(os.environ["CONFORMANCE_FIXTURES"], "MANIFEST.json")
     assert document()["fixtures"] == {"sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(), "claims": 5}
+
+
+def test_run_without_readable_fixtures_is_valid_and_says_that_there_are_none() -> None:
+    Path(os.environ["CONFORMANCE_FIXTURES"], "MANIFEST.json").write_text("{")
+    made = document(problem="MANIFEST.json: cannot be read as a manifest")
+    jsonschema.validate(made, schema())
+    assert made["fixtures"] == {"sha256": "", "claims": 0}
 
 
 def test_claims_stand_in_the_manifests_order_however_they_arrived() -> None:
@@ -169,6 +185,21 @@ def test_crash_says_how_the_process_died_and_what_it_said_last() -> None:
     assert (made["case"], made["check"], made["dtype"]) == ("llama/mha", "cache.chunks", "bfloat16")
     assert (made["outcome"], made["message"]) == ("crash", "the candidate's process died: exit status 3")
     assert made["details"] == ["two", "three", "four", "five", "six"]
+
+
+def test_fatal_signal_is_told_by_the_innermost_frames_of_its_traceback() -> None:
+    """Python's fault handler prints the most recent call first: the beginning says where, the end is the suite."""
+    frames = ["File a.py, line 3 in kernel", "File b.py, line 5 in forward", "File c.py, line 7 in call"]
+    older = [f"File d.py, line {line} in main" for line in range(9)]
+    output = "\n".join(["Segmentation fault", "", "Current thread 0x1 (most recent call first):", *frames, *older])
+    made = died(Claim("llama/mha", "cache.chunks", "bfloat16"), Died("signal SIGSEGV", output), 60.0)
+    assert made["details"] == frames
+
+
+def test_claim_that_was_not_run_is_skipped_with_the_reason_and_valid() -> None:
+    made = not_run(Claim("llama/plain", "cache.chunks", "float64"), "the implementation could not be loaded")
+    assert (made["outcome"], made["message"], made["calls"]) == ("skipped", "the implementation could not be loaded", 0)
+    jsonschema.validate(document(made), schema())
 
 
 # --- the field matrix -----------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from conformance.report.text import counts_line, failure_lines, field_lines, print_summary
+from conformance.report.text import counts_line, failure_lines, field_lines, print_summary, shortfall
 
 
 def result(outcome: str, **more: Any) -> dict[str, Any]:
@@ -129,6 +129,11 @@ def test_first_divergence_at_the_first_probe_says_so() -> None:
     )
 
 
+def test_first_divergence_in_a_block_alone_knows_no_last_good_probe() -> None:
+    wrong = VALUE | {"divergence": divergence("layers.1.output") | {"probes_from": "blocks"}}
+    assert failure_lines(wrong, "mod:Obj")[1] == "      first divergence   layers.1.output   last good: not known"
+
+
 def test_what_is_known_of_the_divergence_stands_below_it() -> None:
     wrong = VALUE | {"divergence": divergence("final_norm", "layers.1.output", how="half as large as it should be")}
     assert failure_lines(wrong, "mod:Obj")[1:3] == [
@@ -218,7 +223,18 @@ def test_summary_has_the_name_the_fields_and_the_counts() -> None:
     ]
 
 
-def test_summary_of_a_run_without_implementation_has_the_counts() -> None:
+def test_summary_of_a_run_that_was_stopped_says_how_many_claims_are_missing() -> None:
     lines: list[str] = []
-    print_summary(run(5, 0) | {"implementation": None}, lines.append)
-    assert lines == ["0 of 5 claims executed: nothing"]
+    print_summary(run(5, 2, **{"pass": 2}) | {"implementation": None}, lines.append)
+    assert lines == [
+        "2 of 5 claims executed: 2 pass",
+        "3 of 5 claims have no outcome: the run was stopped, or a test process died",
+    ]
+
+
+def test_run_with_nothing_but_declared_gaps_proves_nothing() -> None:
+    assert shortfall(run(5, 0, unsupported=3, skipped=2)) == "nothing was executed, so nothing is proved"
+
+
+def test_run_with_an_outcome_for_every_claim_lacks_nothing() -> None:
+    assert shortfall(run(5, 4, **{"pass": 1, "crash": 3, "unsupported": 1})) == ""

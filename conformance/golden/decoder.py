@@ -1,0 +1,198 @@
+"""What a golden case of a decoder-only language model holds, derived from its recipe and the oracle.
+
+Every value that is stored has been compared with the reference; the reference decides nothing.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conformance import bounds, draws
+from conformance.families import Config, Family, Recipe, get
+from conformance.golden.common import AGREEMENT, MOVEMENT, Derived, GoldenError
+from conformance.implementations import reference
+from conformance.oracles.hugging_face import KERNELS, HuggingFace
+from conformance.suite.padding import padded
+
+
+def draw_weights(family: Family, recipe: Recipe) -> dict[str, Tensor]:
+    """The case's weights under hub names, float32."""
+    shapes = family.tensor_shapes(recipe.config)
+    return {name: draws.tensor(recipe.weights, name, shapes[name]) for name in sorted(shapes)}
+
+
+def draw_inputs(recipe: Recipe) -> dict[str, Tensor]:
+    """Token ids (batch, seq), row lengths, junk ids for pads that no real token has, and positions that jump."""
+    vocab, batch, seq = recipe.config["vocab_size"], recipe.batch, recipe.seq
+    junk = max(2, vocab // 10)
+
+    def draw(what: str, low: int, high: int) -> Tensor:
+        return draws.integers(f"{recipe.name}/{what}", batch * seq, low, high).view(batch, seq)
+
+    inputs = {"input_ids": draw("input_ids", 0, vocab - junk - 1)}
+    if batch > 1:
+        # all different, unsorted, the whole sequence and a single token among them
+        lengths = [2 * seq // 3, seq, 1, seq // 3 + 1][:batch]
+        inputs |= {"lengths": torch.tensor(lengths), "padding_ids": draw("padding_ids", vocab - junk, vocab - 1)}
+    if "positions" in recipe.store:
+        longest = recipe.config["max_position_embeddings"] // seq
+        steps = draw("positions", 1, longest - 1)
+        steps[0, :2] = torch.tensor([0, 1])
+        inputs["position_ids"] = steps.cumsum(-1)
+    return inputs
+
+
+def derive(recipe: Recipe) -> Derived:
+    """Everything that the case holds.
+
+    Raises: GoldenError if the case does not deserve to be a golden: oracle and reference differ at any value, the
+    oracle differs from itself on padded batches, or the case's field hardly moves the logits.
+    """
+    derivation = _Derivation(recipe)
+    derivation.logits()
+    if "positions" in recipe.store:
+        derivation.positions()
+    if "loss" in recipe.store:
+        derivation.loss_and_gradients()
+    if recipe.last_rows is None:
+        derivation.probes_and_blocks()
+    if recipe.batch > 1:
+        derivation.check_padding()
+    movement = derivation.counterfactuals()
+    provenance = {
+        "oracle_error": derivation.noise,
+        "agreement_with_reference": derivation.agreement,
+        "movement": movement,
+    }
+    return Derived(derivation.weights, derivation.inputs, derivation.expected, provenance)
+
+
+class _Derivation:
+    """One case in the making: what is expected, the oracle's noise, and how far the reference is from the oracle."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.config = recipe, recipe.config
+        self.family: Family = get(recipe.name.split("/")[0])
+        self.weights, self.inputs = draw_weights(self.family, recipe), draw_inputs(recipe)
+        self.ids = self.inputs["input_ids"]
+        self.oracle = HuggingFace(self.family, recipe.config, self.weights)
+        self.truth = self.oracle.logits(self.ids)
+        self.expected: dict[str, Tensor] = {}
+        self.noise: dict[str, dict[str, dict[str, float]]] = {}
+        self.agreement: dict[str, float] = {}
+
+    def agree(self, kind: str, what: str, ours: Tensor, oracles: Tensor, scale: bounds.Error | None = None) -> None:
+        """Keep the largest difference between reference and oracle by kind of value."""
+        error = bounds.measure(ours, oracles, scale).max
+        if not error <= AGREEMENT:
+            raise GoldenError(
+                f"{self.recipe.name}: oracle and reference differ by {error:.1e} at {what}, wanted {AGREEMENT:g}"
+            )
+        self.agreement[kind] = max(self.agreement.get(kind, 0.0), error)
+
+    def logits(self) -> None:
+        rows = slice(None) if self.recipe.last_rows is None else slice(-self.recipe.last_rows, None)
+        self.expected["logits"] = self.truth[:, rows]
+        self.agree("logits", "logits", reference.logits(self.config, self.weights, self.ids), self.truth)
+        self.noise["logits"] = measure_noise(self.family, self.config, self.weights, self.ids, self.truth, rows)
+
+    def positions(self) -> None:
+        position_ids = self.inputs["position_ids"]
+        truth = self.oracle.logits(self.ids, position_ids=position_ids)
+        ours = reference.logits(self.config, self.weights, self.ids, position_ids)
+        self.agree("positions", "positions.logits", ours, truth)
+        self.expected["positions.logits"] = truth
+
+    def loss_and_gradients(self) -> None:
+        """Gradients share one scale over all parameters: a single parameter's may be zero."""
+        loss, gradients = self.oracle.loss_and_gradients(self.ids)
+        our_loss, ours = reference.loss_and_gradients(self.config, self.weights, self.ids)
+        if set(ours) != set(gradients):
+            only = sorted(set(ours) ^ set(gradients))
+            raise GoldenError(f"{self.recipe.name}: gradients for {only} on one side only")
+        self.agree("loss", "loss", our_loss, loss)
+        scale = bounds.magnitude(torch.cat([g.flatten() for g in gradients.values()]))
+        for name, gradient in gradients.items():
+            self.agree("gradients", f"the gradient of {name}", ours[name], gradient, scale)
+        self.expected["loss"] = loss
+        if "gradients" in self.recipe.store:
+            self.expected |= {f"gradient.{name}": gradient for name, gradient in gradients.items()}
+
+    def probes_and_blocks(self) -> None:
+        theirs = self.oracle.probes(self.ids)
+        ours = reference.probes(self.family, self.config, self.weights, self.ids)
+        for name, probe in theirs.items():
+            self.agree("probes", name, ours[name], probe)
+        if "probes" in self.recipe.store:
+            self.expected |= {f"probe.{name}": probe for name, probe in theirs.items() if name != "logits"}
+        if "blocks" in self.recipe.store:
+            for layer, block in enumerate(self._blocks(theirs)):
+                self._block(layer, *block)
+
+    def _block(self, layer: int, config: Config, weights: dict[str, Tensor], ids: Tensor, block_input: Tensor) -> None:
+        truth = HuggingFace(self.family, config, weights).logits(ids)
+        self.agree("blocks", f"block {layer} alone", reference.logits(config, weights, ids), truth)
+        self.expected |= {f"blocks.{layer}.input": block_input, f"blocks.{layer}.logits": truth}
+        self.noise[f"blocks.{layer}"] = measure_noise(self.family, config, weights, ids, truth)
+
+    def _blocks(self, probes: dict[str, Tensor]) -> Iterator[tuple[Config, dict[str, Tensor], Tensor, Tensor]]:
+        """One-layer checkpoints: (config, weights, ids, the block's input rounded to bfloat16, stored as float32)."""
+        for layer in range(self.config["num_hidden_layers"]):
+            source = probes["embedding" if layer == 0 else f"layers.{layer - 1}.output"]
+            block_input = source.to(torch.bfloat16).to(torch.float32)
+            config, weights = self.family.block_checkpoint(self.config, self.weights, block_input, layer)
+            ids = torch.arange(block_input.shape[0] * block_input.shape[1]).view(block_input.shape[:2])
+            yield config, weights, ids, block_input
+
+    def check_padding(self) -> None:
+        """The oracle's padded forwards must give the truth that the padding checks derive from the full forward."""
+        for side in ("left", "right"):
+            ids, mask, truth = padded(self.inputs, self.truth, side)
+            error = bounds.measure(self.oracle.logits(ids, mask)[mask.bool()], truth[mask.bool()]).max
+            if not error <= AGREEMENT:
+                raise GoldenError(
+                    f"{self.recipe.name}: the oracle padded on the {side} differs from its rows by {error:.1e}"
+                )
+
+    def counterfactuals(self) -> dict[str, float]:
+        """Logits of each configuration that a mistaken candidate effectively runs; returns how far they are from the
+        truth, by label.  Tensors that such a configuration does not know (an ignored bias) are left out.
+        """
+        movement = {}
+        for label, config in self.recipe.counterfactuals.items():
+            known = self.family.tensor_shapes(config)
+            weights = {name: weight for name, weight in self.weights.items() if name in known}
+            wrong = HuggingFace(self.family, config, weights).logits(self.ids)
+            movement[label] = bounds.measure(wrong, self.truth).max
+            if label == f"{self.recipe.field} ignored" and movement[label] < MOVEMENT:
+                raise GoldenError(
+                    f"{self.recipe.name}: ignoring {self.recipe.field} moves the logits by {movement[label]:.1e} only; "
+                    f"a field case needs {MOVEMENT:g}; choose a value further from the default"
+                )
+            self.expected[f"counterfactual.{label}"] = wrong
+        return movement
+
+
+def measure_noise(
+    family: Family, config: Config, weights: dict[str, Tensor], ids: Tensor, truth: Tensor, rows: slice = slice(None)
+) -> dict[str, Any]:
+    """The oracle's own error in each working dtype: the largest over its kernels and over row by row.
+
+    Raises: GoldenError if an error is not finite (the case overflows the dtype).
+    """
+    noise = {}
+    for name in bounds.UNIT_ROUNDOFF:
+        errors = []
+        for kernel in KERNELS:
+            model = HuggingFace(family, config, weights, dtype=getattr(torch, name), attention=kernel)
+            errors.append(bounds.measure(model.logits(ids)[:, rows], truth[:, rows]))
+            if kernel == "eager" and len(ids) > 1:
+                alone = torch.cat([model.logits(row[None]) for row in ids])
+                errors.append(bounds.measure(alone[:, rows], truth[:, rows]))
+        if not all(math.isfinite(error.max) and math.isfinite(error.rms) for error in errors):
+            raise GoldenError(f"the oracle's error in {name} is not finite; draw smaller weights")
+        noise[name] = {"max": max(e.max for e in errors), "rms": max(e.rms for e in errors)}
+    return noise
