@@ -50,12 +50,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
-    """Under -n, claims of one case stay on one worker, so that a checkpoint is loaded once.
+    """Under -n, claims of one case stay on one worker: a case is loaded once, and its claims are read together.
 
-    A wrapper, so as to come before pytest-xdist, which would choose --dist load.
+    A wrapper, so as to come before pytest-xdist, which would choose --dist load.  Should a process of pytest-xdist's die
+    (the candidate's are others), the run ends: replacing it under loadgroup can hang.
     """
-    if config.getoption("implementation") and getattr(config.option, "dist", None) == "no":
-        config.option.dist = "loadgroup" if getattr(config.option, "numprocesses", None) else "no"
+    option = config.option
+    if config.getoption("implementation") and getattr(option, "numprocesses", None) and option.dist == "no":
+        option.dist = "loadgroup"
+        option.maxworkerrestart = option.maxworkerrestart or "0"
     return (yield)
 
 
@@ -114,7 +117,9 @@ class Run:
         self.worker = Worker(config.getoption("implementation"), config.getoption("conformance_device"))
         self.description: dict[str, Any] | None = None
         if self.is_xdist_worker:
-            self.description = json.loads(config.workerinput["conformance_description"])  # type: ignore[attr-defined]
+            given: dict[str, Any] = config.workerinput  # type: ignore[attr-defined]
+            self.description = json.loads(given["conformance_description"])
+            config.option.loadgroup = given["conformance_loadgroup"]
         self.selected: list[Claim] = []
         self.results: dict[str, dict[str, Any]] = {}
         self.expected: set[str] = set()
@@ -140,6 +145,8 @@ class Run:
         """Tell an xdist worker what the implementation declares, so that it need not ask again."""
         self.worker.close()  # the xdist workers have their own
         node.workerinput["conformance_description"] = json.dumps(self.description)
+        # pytest-xdist passes --dist on only if it was on the command line
+        node.workerinput["conformance_loadgroup"] = self.config.getoption("dist") == "loadgroup"
 
     def _select(self) -> list[Claim]:
         """The claims to judge.  What is wrong with the question is said before the implementation is imported."""

@@ -58,6 +58,7 @@ class HuggingFace:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()  # what it would warn of is raised below
         architecture = getattr(transformers, self.family.oracle)
         with self._mode():
             model, info = architecture.from_pretrained(
