@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conformance import bounds
 from conformance.families import get
 from conformance.golden import decoder
-from conformance.implementation import Checkpoint
+from conformance.implementation import adopt, load_checkpoint
 from conformance.implementations.reference import Reference
 from conformance.oracles.hugging_face import HuggingFace
 from tests.candidates import LAYOUTS
@@ -48,9 +48,9 @@ def sample(seed: int) -> Samples:
     found: Samples = defaultdict(list)
     for dtype in bounds.UNIT_ROUNDOFF:
         for name, implementation in implementations.items():
-            checkpoint = Checkpoint(recipe.config, weights, getattr(torch, dtype), torch.device("cpu"))
+            candidate = load_checkpoint(adopt(name, implementation), recipe.config, weights, dtype, "cpu")
             with torch.no_grad():
-                logits = implementation.load(checkpoint)(ids)
+                logits = candidate(ids).logits
             judgement = bounds.within(bounds.measure(logits, truth), dtype, bounds.Error(**noise[dtype]))
             found[dtype, name].append((judgement.ratio.rms, judgement.ratio.max))
     return dict(found)

@@ -224,8 +224,9 @@ def test_last_words_of_a_hang_are_kept(judged: Judged) -> None:
     assert judged("Sleeps", timeout=3)["details"] == ["going to sleep"]
 
 
-def test_processes_of_a_hung_candidate_are_ended_with_it(judged: Judged) -> None:
-    said = judged("SleepsWithChild", timeout=3)["details"][-1]
+@pytest.mark.parametrize(("fake", "timeout"), [("SleepsWithChild", 3), ("DiesLeavingChild", TIMEOUT)])
+def test_processes_that_a_dead_candidate_started_are_ended(judged: Judged, fake: str, timeout: float) -> None:
+    said = judged(fake, timeout=timeout)["details"][-1]
     assert re.fullmatch(r"child \d+", said)
     assert _ended(int(said.split()[1]))
 
