@@ -203,7 +203,7 @@ def _golden(families: tuple[str, ...], fixtures: Path | None) -> tuple[Any, list
     if unknown := set(families) - set(FAMILIES):
         raise CannotRun(f"unknown family {', '.join(sorted(unknown))}; there is {', '.join(FAMILIES)}")
     if find_spec("transformers") is None:
-        raise CannotRun("goldens need the oracle: pip install 'sequence-conformance[oracle]'")
+        raise CannotRun("goldens need the oracle, which is not installed: pip install transformers")
     from conformance import golden as module
 
     return module, list(families or FAMILIES), fixtures or fixtures_directory()

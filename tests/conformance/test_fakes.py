@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -232,12 +233,17 @@ def test_processes_that_a_dead_candidate_started_are_ended(judged: Judged, fake:
 
 
 def _ended(pid: int) -> bool:
-    """Whether a process is gone (or waits, dead, for init to take notice)."""
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return True
+    """Whether a process is gone within some seconds (or waits, dead, for init to take notice)."""
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 # --- declarations ----------------------------------------------------------------------------------------------------
