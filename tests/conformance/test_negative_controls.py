@@ -4,12 +4,12 @@ from itertools import groupby
 
 import pytest
 
+from candidates import FIRST_DIVERGENCE, LAYOUTS, MISTAKES, SESSION_ONLY
 from conformance import check
 from conformance.cases import Case, Manifest
 from conformance.implementation import adopt
 from conformance.judge import Judge, Result, judge
 from conformance.suite import checks
-from tests.candidates import FIRST_DIVERGENCE, LAYOUTS, MISTAKES, SESSION_ONLY
 
 MANIFEST = Manifest()
 CASE = "llama/distinct"
