@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
     """Under -n, claims of one case stay on one worker: a case is loaded once, and its claims are read together.
 
-    A wrapper, so as to come before pytest-xdist, which would choose --dist load.  Should a process of pytest-xdist's die
+    A wrapper, so as to come before pytest-xdist, which would choose --dist load.  Should a process of pytest-xdist die
     (the candidate's are others), the run ends: replacing it under loadgroup can hang.
     """
     option = config.option
@@ -171,10 +171,14 @@ class Run:
         return claims
 
     def _declared(self, manifest: Manifest, wanted: list[str]) -> set[str]:
-        """The families that the implementation declares, all when it declares nothing."""
+        """The families that the implementation declares; a bare function's are those that are asked for."""
         described = self.describe()["implementation"]
         name = described["name"]
-        declared = set(manifest.families if described["families"] is None else described["families"])
+        if described["families"] is None and not wanted:
+            raise ValueError(
+                f"{name} is a bare function and declares no family; say which: --family {' | '.join(manifest.families)}"
+            )
+        declared = set(wanted if described["families"] is None else described["families"])
         if not declared:
             raise ValueError(f"{name} declares no family; this suite has {', '.join(manifest.families)}")
         if unknown := sorted(declared - set(manifest.families)):
