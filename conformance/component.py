@@ -5,7 +5,7 @@
     conformance run my_norm.py:rms_norm --family rms_norm
 
 An object with `load(checkpoint)` is given the settings (`checkpoint.config`) and the weights (`checkpoint.tensors()`);
-what it returns is called with the inputs alone.
+what it returns is called with whatever it declares, the inputs alone or weights and settings as well.
 """
 
 import inspect
@@ -27,6 +27,7 @@ COTANGENT = "cotangent."
 class ComponentCandidate:
     """A component behind the contract: passes what is declared, names what comes back.
 
+    passed: the names of the arguments that the function declares.
     calls: how many times the function has been called.
     """
 
@@ -34,17 +35,16 @@ class ComponentCandidate:
         self.family, self.case = family, case
         self.dtype, self.device, self.calls = getattr(torch, dtype), torch.device(device), 0
         if implementation.bare and not _is_load(implementation.load):
-            self.function, self.bound = implementation.load, {}
+            self.function = implementation.load
         else:
             checkpoint = Checkpoint(case.config, case.weights, self.dtype, self.device)
             with precision(dtype), running("load(checkpoint)"):
                 self.function = implementation.load(checkpoint)
-            self.bound = dict.fromkeys([*case.weights, *case.config])
         self.passed = self._declared()
 
     def _declared(self) -> list[str]:
         """Names of the arguments to pass.  Raises: Misbehaviour if the function wants one that the contract lacks."""
-        known = [value.name for value in self.family.arguments if value.name not in self.bound]
+        known = [value.name for value in self.family.arguments]
         try:
             parameters = inspect.signature(self.function).parameters.values()
         except (TypeError, ValueError):

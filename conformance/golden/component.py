@@ -72,7 +72,7 @@ def _double_run(function: Run, tensors: dict[str, Tensor], settings: Config) -> 
 
 
 def _double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, made outside the mode: inside it a float32 tensor is double already, and `.double()` is the tensor itself."""
+    """Copies, made outside the mode: inside it a float32 tensor is double already, and `.double()` makes no copy."""
     return {n: t.to(torch.float64 if t.is_floating_point() else t.dtype, copy=True) for n, t in tensors.items()}
 
 

@@ -38,8 +38,7 @@ class Reference:
         )
 
     def _component(self, name: str, checkpoint: Any) -> Any:
-        weights = checkpoint.tensors()
-        return lambda **inputs: component(get(name), {**inputs, **weights}, checkpoint.config)
+        return lambda **arguments: component(get(name), arguments, checkpoint.config)
 
 
 class Model:
