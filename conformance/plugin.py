@@ -175,10 +175,14 @@ class Run:
         return claims
 
     def _declared(self, manifest: Manifest, wanted: list[str]) -> set[str]:
-        """The families that the implementation declares, all when it declares nothing."""
+        """The families that the implementation declares; a bare function's are those that are asked for."""
         described = self.describe()["implementation"]
         name = described["name"]
-        declared = set(manifest.families if described["families"] is None else described["families"])
+        if described["families"] is None and not wanted:
+            raise ValueError(
+                f"{name} is a bare function and declares no family; say which: --family {' | '.join(manifest.families)}"
+            )
+        declared = set(wanted if described["families"] is None else described["families"])
         if not declared:
             raise ValueError(f"{name} declares no family; this suite has {', '.join(manifest.families)}")
         if unknown := sorted(declared - set(manifest.families)):
