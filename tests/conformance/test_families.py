@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from conformance.families import Recipe, get
+from conformance.families import MODELS, Recipe, get
 from conformance.golden.decoder import draw_inputs, draw_weights
 from conformance.probes import VOCABULARY
 from conformance.suite import checks
