@@ -11,7 +11,7 @@ from typing import Any
 
 from conformance.probes import ProbeSpec
 
-FAMILIES = ("llama",)
+FAMILIES = ("llama", "phi")
 
 Config = dict[str, Any]
 

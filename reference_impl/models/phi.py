@@ -221,7 +221,7 @@ class PhiModel(nn.Module):
 
 
 class Phi(nn.Module):
-    """Phi with its output projection: token ids in, logits of the next token out; `checkpoint` loads trained weights."""
+    """Phi with its output projection: token ids in, logits of the next token out; `checkpoint` loads the weights."""
 
     def __init__(self, config: PhiConfig, attention: str = "eager") -> None:
         """`attention`: "eager" writes attention out, and its parts can be hooked; "sdpa" uses torch's fused kernel."""
