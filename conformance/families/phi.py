@@ -81,8 +81,8 @@ def _field(field: str, label: str, changes: dict[str, Any], *, also: dict[str, d
     return replace(recipe, batch=3)
 
 
-# 0.7 of a head of 12 is 8.4 elements: 8 turn.
-_FACTOR = {"partial_rotary_factor": 0.7}
+# 0.72 of a head of 12 is 8.64 elements: 8 turn.
+_FACTOR = {"partial_rotary_factor": 0.72}
 _LINEAR = {"rope_type": "linear", "factor": 4.0}
 _LLAMA3 = {
     "rope_type": "llama3",
