@@ -145,7 +145,7 @@ def _recipes() -> tuple[Recipe, ...]:
         ),
         Recipe(
             name="phi/gqa",
-            summary="grouped-query attention with 3 query heads a key-value head, all else as published",
+            summary="grouped-query attention, 3 query heads a key-value head, without what distinct adds to it",
             config=_config(**sizes, rope=eight_of_ten),
             weights="phi/distinct",
             batch=3,
