@@ -12,7 +12,7 @@ from typing import Any
 from conformance.probes import ProbeSpec
 
 COMPONENTS = ("rms_norm",)
-MODELS = ("llama",)
+MODELS = ("llama", "phi")
 FAMILIES = (*COMPONENTS, *MODELS)
 
 Config = dict[str, Any]
