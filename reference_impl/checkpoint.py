@@ -19,7 +19,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 # model_type in config.json → module, config class and model class of the family.
-FAMILIES = {"llama": ("reference_impl.models.llama", "LlamaConfig", "Llama")}
+FAMILIES = {
+    "gpt2": ("reference_impl.models.gpt2", "GPT2Config", "GPT2"),
+    "gpt3": ("reference_impl.models.gpt3", "GPT3Config", "GPT3"),
+    "llama": ("reference_impl.models.llama", "LlamaConfig", "Llama"),
+    "openai-gpt": ("reference_impl.models.gpt", "GPTConfig", "GPT"),
+}
 
 # Tensors that old files hold although they follow from config.json.
 DERIVED_TENSORS = (".rotary_emb.inv_freq",)

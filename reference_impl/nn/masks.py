@@ -41,6 +41,23 @@ def positions(real: Bool[Tensor, "batch keys"], *, num_queries: int) -> Int[Tens
     return all_positions[:, real.shape[1] - num_queries :]  # (B, T)
 
 
+def resolve_positions(
+    position_ids: Int[Tensor, "#batch #seq"] | None, input_ids: Int[Tensor, "batch seq"], real: Bool[Tensor, "batch keys"]
+) -> Int[Tensor, "#batch seq"]:
+    """The given positions of `input_ids`, which are the last tokens of `real`; by default those of `positions`.
+
+    Raises:
+        ValueError: the given positions have neither the shape of `input_ids` nor that of one row for all.
+    """
+    seq = input_ids.shape[1]
+    if position_ids is None:
+        return positions(real, num_queries=seq)
+    if position_ids.shape not in (input_ids.shape, (1, seq)):
+        shapes = f"{tuple(position_ids.shape)} and input_ids {tuple(input_ids.shape)}"
+        raise ValueError(f"position_ids has shape {shapes}: give one position a token, or one row for all")
+    return position_ids
+
+
 def causal(num_queries: int, num_keys: int, device: torch.device | None = None) -> Bool[Tensor, "queries keys"]:
     """The queries are the last tokens of the sequence; each sees itself and all before it.
 
@@ -61,3 +78,23 @@ def visible_keys(real: Bool[Tensor, "batch keys"], *, num_queries: int) -> Bool[
     """
     may_see = causal(num_queries, real.shape[1], real.device) & real[:, None, :]  # (B, T, S)
     return may_see[:, None]  # (B, 1, T, S): the same for every head
+
+
+def in_band(
+    real: Bool[Tensor, "batch keys"], *, num_queries: int, window_size: int
+) -> Bool[Tensor, "batch 1 queries keys"]:
+    """Keys at most `window_size` − 1 real tokens before the query: a band of `window_size` keys, the query included.
+
+    Distances are counted in real tokens, so that padding between two parts of a text does not narrow the band. It
+    says nothing of keys after the query or of padding: combine it with `visible_keys`. For 5 tokens and window_size 2,
+    both together give
+
+        1 0 0 0 0
+        1 1 0 0 0
+        0 1 1 0 0
+        0 0 1 1 0
+        0 0 0 1 1
+    """
+    place = real.cumsum(dim=-1)  # (B, S)
+    distance = place[:, real.shape[1] - num_queries :, None] - place[:, None, :]  # (B, T, S)
+    return (distance < window_size)[:, None]  # (B, 1, T, S): the same for every head
