@@ -11,7 +11,7 @@ from typing import Any
 
 from conformance.probes import ProbeSpec
 
-FAMILIES = ("gpt2", "llama")
+FAMILIES = ("gpt", "gpt2", "gpt3", "llama")
 
 Config = dict[str, Any]
 

@@ -115,7 +115,7 @@ INSIDE = {
     "attention.context": ("attn.c_proj", "input"),
     "attention.output": ("attn.c_proj", "output"),
     "feed_forward.up": ("mlp.c_fc", "output"),
-    "feed_forward.activation": ("mlp.act", "output"),
+    "feed_forward.activation": ("mlp.c_proj", "input"),
     "feed_forward.output": ("mlp.c_proj", "output"),
     "output": ("", "output"),
 }

@@ -46,6 +46,7 @@ class HuggingFace:
         self.family, self.config = family, config
         self._mode: Any = TrueDouble if dtype is None else contextlib.nullcontext
         self.truth, self.dtype = dtype is None, dtype or torch.float64
+        config, weights = self.checkpoint(config, weights)
         with tempfile.TemporaryDirectory() as directory:
             write_json(Path(directory, "config.json"), config)
             save_file(weights, Path(directory, "model.safetensors"), metadata={"format": "pt"})
@@ -64,6 +65,10 @@ class HuggingFace:
         if faults := {what: sorted(found) for what, found in info.items() if found}:
             raise ValueError(f"{architecture.__name__} does not want exactly these weights: {faults}")
         return model.eval()
+
+    def checkpoint(self, config: "Config", weights: dict[str, Tensor]) -> "tuple[Config, dict[str, Tensor]]":
+        """What the library loads: config.json and weights, here those of the case."""
+        return config, weights
 
     def architecture(self) -> Any:
         """The library's class."""
@@ -84,17 +89,24 @@ class HuggingFace:
         with self._mode():
             loss = self._call(input_ids, None, None, labels=input_ids).loss
             loss.backward()
-        gradients = {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}
-        return loss.detach(), gradients
+        return loss.detach(), self.gradients()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What the last backward left, by the names of the case."""
+        return {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
     def probes(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Every probe of the family, in canonical axes and computational order (eager attention only)."""
-        boundaries = at_module_boundaries(self.model, self.family.module_probes(self.config))
+        boundaries = at_module_boundaries(self.model, self.module_probes())
         with torch.no_grad(), self._mode(), self.tapped() as tapped, boundaries as found:
             self._call(input_ids, None, None)
         for probe, (_, quantity) in self.family.kernel_probes(self.config).items():
             found[probe] = tapped[int(probe.split(".")[1])][quantity]
         return canonical(self.family, self.config, found, *input_ids.shape)
+
+    def module_probes(self) -> dict[str, tuple[str, str]]:
+        """Probe -> (path of the library's module, "input" or "output")."""
+        return self.family.module_probes(self.config)
 
     def tapped(self) -> contextlib.AbstractContextManager[dict[int, dict[str, Tensor]]]:
         """While open, the attention kernels tell what they receive and return: layer -> quantity -> value."""

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from reference_impl.config import DERIVED, read_fields, require_divisible, require_model_type, require_positive
+from reference_impl.nn import attention as core
 from reference_impl.nn import masks
 from reference_impl.nn.feed_forward import FeedForward, activation
 from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
@@ -95,7 +96,7 @@ def score_scale(config: GPT2Config, layer: int) -> float:
     The second is not in the paper; it came with stanford-crfm/mistral's training of GPT-2.
     """
     head_dim = config.n_embd // config.n_head
-    scale = float(head_dim**-0.5) if config.scale_attn_weights else 1.0
+    scale = core.score_scale(head_dim) if config.scale_attn_weights else 1.0
     return scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
 
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from reference_impl.nn.attention import attention_scores, attention_weights, fused_attention, merge_heads, split_heads
+from reference_impl.nn import attention as core
 from reference_impl.nn.conv1d import Conv1D
 from reference_impl.nn.kv_cache import LayerCache
 
@@ -33,7 +33,7 @@ class SelfAttention(nn.Module):
     `weights` (B, H, T, S). Dropout is not implemented.
 
     Args:
-        scale: factor on every score.
+        scale: factor on every score; None: 1 / √Dh.
         upcast_scores: whether scores and weights are in float32 even where queries are not.
         attention: "eager" (written out) or "sdpa" (torch's fused scaled_dot_product_attention).
 
@@ -46,7 +46,7 @@ class SelfAttention(nn.Module):
         *,
         hidden_size: int,
         num_attention_heads: int,
-        scale: float,
+        scale: float | None = None,
         upcast_scores: bool = False,
         attention: str = "eager",
     ) -> None:
@@ -72,11 +72,11 @@ class SelfAttention(nn.Module):
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """`mask`: True where a query may see a key."""
-        query, key, value = (split_heads(part, self.head_dim) for part in split_query_key_value(self.c_attn(x)))
+        query, key, value = (core.split_heads(part, self.head_dim) for part in split_query_key_value(self.c_attn(x)))
         query, key, value = self.query(query), self.key(key), self.value(value)  # (B, H, T, Dh)
         if cache is not None:
             key, value = cache.append(key, value)  # (B, H, S, Dh)
-        output: Tensor = self.c_proj(merge_heads(self.attend(query, key, value, mask)))
+        output: Tensor = self.c_proj(core.merge_heads(self.attend(query, key, value, mask)))
         return output
 
     def attend(
@@ -88,10 +88,10 @@ class SelfAttention(nn.Module):
     ) -> Float[Tensor, "batch heads queries head_dim"]:
         """Mixes the values that each query may see."""
         if self.attention == "sdpa":
-            return fused_attention(query, key, value, mask, self.scale)
+            return core.fused_attention(query, key, value, mask, self.scale)
         if self.upcast_scores:
             working = torch.promote_types(query.dtype, torch.float32)
             query, key = query.to(working), key.to(working)
-        scores = self.scores(attention_scores(query, key, self.scale))
-        weights: Tensor = self.weights(attention_weights(scores, mask))
+        scores = self.scores(core.attention_scores(query, key, self.scale))
+        weights: Tensor = self.weights(core.attention_weights(scores, mask))
         return weights.to(value.dtype) @ value
