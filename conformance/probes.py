@@ -33,11 +33,11 @@ VOCABULARY: dict[str, str] = {
     "layers.N.feed_forward.norm": "normalised input of the feed-forward layer",
     "layers.N.feed_forward.gate": "gate projection, before the activation",
     "layers.N.feed_forward.up": "up projection, bias included",
-    "layers.N.feed_forward.activation": "activation function applied to the gate, or to the up projection where there "
-    "is no gate",
+    "layers.N.feed_forward.activation": "activation function applied to the gate (to the up projection where there "
+    "is no gate)",
     "layers.N.feed_forward.product": "activation times up, the input of the down projection",
     "layers.N.feed_forward.output": "down projection",
-    "layers.N.feed_forward.residual": "post-norm only: residual stream after the feed-forward was added, before its norm",
+    "layers.N.feed_forward.residual": "post-norm only: residual stream after the feed-forward was added",
     "layers.N.output": "residual stream after the block",
     "final_norm": "normalised output of the last block, the input of the head",
     "logits": "scores over the vocabulary, before any softmax",

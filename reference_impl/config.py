@@ -1,8 +1,16 @@
-"""What the configs of all families share: reading the keys of config.json strictly, and refusing what cannot be right."""
+"""What the configs of all families share: strict reading of config.json, and checks that name what cannot be right."""
 
 from collections.abc import Mapping
 from dataclasses import Field, asdict, fields
 from typing import Any, get_args
+
+# Keys that say nothing about what a forward pass in evaluation computes, in any family.
+WITHOUT_EFFECT = {
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype",
+    "eos_token_id", "id2label", "initializer_range", "label2id", "max_position_embeddings", "model_type",
+    "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "torch_dtype",
+    "transformers_version", "unk_token_id", "use_cache",
+}  # fmt: skip
 
 # The default of a field that __post_init__ derives from others.
 DERIVED: Any = None
@@ -29,9 +37,7 @@ def read_fields(cls: type, config: Mapping[str, Any], *, elsewhere: set[str]) ->
     if unknown:
         raise ValueError(f"unknown keys {sorted(unknown)} may change the result; remove those that do not")
     given = [field for field in fields(cls) if field.name in config and field.name not in elsewhere]
-    return {
-        field.name: typed(field, config[field.name]) for field in given if config[field.name] is not field.default
-    }
+    return {field.name: typed(field, config[field.name]) for field in given if config[field.name] is not field.default}
 
 
 def typed(field: Field[Any], value: Any) -> Any:

@@ -188,7 +188,7 @@ With x (seq, hidden) the residual stream, which starts as Wtokens[id] + Wpositio
 
     q,k,v  = x Wattn + battn, cut into thirds                           each cut into n_head heads of head_dim
     A      = softmax(q kᵀ / sqrt(head_dim) + causal mask)
-    n      = LayerNorm(x + (A v) Wproj + bproj)                         var divides by hidden, not by hidden − 1
+    n      = LayerNorm(x + (A v) Wproj + bproj)                         var divides by hidden, not hidden − 1
     x      = LayerNorm(n + gelu(n Wfc + bfc) Wproj + bproj)             gelu in its tanh form
 
 and logits = x Wtokensᵀ: there is no norm after the last block.  Positions count real tokens.  Projections are stored

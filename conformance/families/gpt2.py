@@ -226,7 +226,7 @@ def module_probes(config: Config) -> dict[str, tuple[str, str]]:
 _EQUATIONS = r"""
 With x (seq, hidden) the residual stream, which starts as Wte[id] + Wpe[position], for each block:
 
-    n      = (x − mean(x)) / sqrt(var(x) + layer_norm_epsilon) · w + b  LayerNorm; var divides by hidden, not by hidden − 1
+    n      = (x − mean(x)) / sqrt(var(x) + layer_norm_epsilon) · w + b  LayerNorm; var divides by hidden, not hidden − 1
     q,k,v  = n Wattn + battn, cut into thirds                           each cut into n_head heads of head_dim
     A      = softmax(q kᵀ / sqrt(head_dim) + causal mask)
     x      = x + (A v) Wproj + bproj

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reference_impl.config import read_fields, require_divisible, require_model_type, require_positive
 from reference_impl.nn import masks
-from reference_impl.nn.feed_forward import FeedForward
+from reference_impl.nn.feed_forward import Conv1DFeedForward
 from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
 from reference_impl.nn.norm import LayerNorm
 from reference_impl.nn.positions import LearnedPositions
@@ -93,11 +93,9 @@ class GPTBlock(nn.Module):
 
     def __init__(self, config: GPTConfig, attention: str) -> None:
         super().__init__()
-        self.attn = SelfAttention(
-            hidden_size=config.n_embd, num_attention_heads=config.n_head, attention=attention
-        )
+        self.attn = SelfAttention(hidden_size=config.n_embd, num_attention_heads=config.n_head, attention=attention)
         self.ln_1 = LayerNorm(hidden_size=config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = FeedForward(
+        self.mlp = Conv1DFeedForward(
             hidden_size=config.n_embd,
             intermediate_size=4 * config.n_embd,
             hidden_act=ACTIVATION_OF[config.afn],
@@ -134,7 +132,7 @@ class GPTModel(nn.Module):
         real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
         if cache is not None:
             real = cache.extended(real)  # (B, S)
-        position_ids = masks.resolve_positions(position_ids, input_ids, real)  # (B, T)
+        position_ids = masks.given_positions(position_ids, real, input_ids)  # (B, T)
         mask = masks.visible_keys(real, num_queries=input_ids.shape[1])  # (B, 1, T, S)
 
         x: Tensor = self.tokens_embed(input_ids) + self.positions_embed(position_ids)  # (B, T, hidden)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reference_impl.config import DERIVED, read_fields, require_divisible, require_model_type, require_positive
 from reference_impl.nn import attention as core
 from reference_impl.nn import masks
-from reference_impl.nn.feed_forward import FeedForward, activation
+from reference_impl.nn.feed_forward import Conv1DFeedForward, activation
 from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
 from reference_impl.nn.norm import LayerNorm
 from reference_impl.nn.positions import LearnedPositions
@@ -120,7 +120,7 @@ class GPT2Block(nn.Module):
             attention=attention,
         )
         self.ln_2 = LayerNorm(hidden_size=config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = FeedForward(
+        self.mlp = Conv1DFeedForward(
             hidden_size=config.n_embd,
             intermediate_size=config.n_inner,
             hidden_act=config.activation_function,
@@ -157,7 +157,7 @@ class GPT2Model(nn.Module):
         real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
         if cache is not None:
             real = cache.extended(real)  # (B, S)
-        position_ids = masks.resolve_positions(position_ids, input_ids, real)  # (B, T)
+        position_ids = masks.given_positions(position_ids, real, input_ids)  # (B, T)
         mask = masks.visible_keys(real, num_queries=input_ids.shape[1])  # (B, 1, T, S)
 
         x: Tensor = self.wte(input_ids) + self.wpe(position_ids)  # (B, T, hidden)

@@ -1,10 +1,11 @@
 """GPT-3: GPT-2 in which blocks of dense and of locally banded attention alternate.
 
-Brown et al. 2020, Language Models are Few-Shot Learners (arXiv:2005.14165), section 2.1; the band is that of Child et al.
+Brown et al. 2020, Language Models are Few-Shot Learners (arXiv:2005.14165), section 2.1, which refers to Child et al.
 2019, Sparse Transformers (arXiv:1904.10509). No weights were published: the config's keys are GPT-2's and two of our
 own, `attention_pattern` and `window_size`. The paper does not state the width of the band; here it has no default.
 
-Modules carry the names of GPT-2's checkpoints; a projection's weight is stored (in, out). Dropout is not implemented: train() and eval() change nothing.
+Modules carry the names of GPT-2's checkpoints; a projection's weight is stored (in, out). Dropout is not implemented:
+train() and eval() change nothing.
 
 Shapes: B batch, T tokens of this call, S tokens so far (cached and new).
 """
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from reference_impl.config import DERIVED, read_fields, require_divisible, require_model_type, require_positive
 from reference_impl.nn import masks
-from reference_impl.nn.feed_forward import FeedForward, activation
+from reference_impl.nn.feed_forward import Conv1DFeedForward, activation
 from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
 from reference_impl.nn.norm import LayerNorm
 from reference_impl.nn.positions import LearnedPositions
@@ -96,24 +97,27 @@ class GPT3Config:
     def to_dict(self) -> dict[str, Any]:
         """A config.json."""
         pattern = list(self.attention_pattern)
-        return {"architectures": ["GPT3LMHeadModel"], "model_type": "gpt3", **asdict(self), "attention_pattern": pattern}
+        return {
+            "architectures": ["GPT3LMHeadModel"],
+            "model_type": "gpt3",
+            **asdict(self),
+            "attention_pattern": pattern,
+        }
 
 
 class GPT3Block(nn.Module):
     """GPT-2's block; whether its attention is dense or banded is in the mask that it is given.
 
-        h = x + Attention(LayerNorm(x))
-        y = h + FeedForward(LayerNorm(h))
+    h = x + Attention(LayerNorm(x))
+    y = h + FeedForward(LayerNorm(h))
     """
 
     def __init__(self, config: GPT3Config, attention: str) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(hidden_size=config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = SelfAttention(
-            hidden_size=config.n_embd, num_attention_heads=config.n_head, attention=attention
-        )
+        self.attn = SelfAttention(hidden_size=config.n_embd, num_attention_heads=config.n_head, attention=attention)
         self.ln_2 = LayerNorm(hidden_size=config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = FeedForward(
+        self.mlp = Conv1DFeedForward(
             hidden_size=config.n_embd,
             intermediate_size=config.n_inner,
             hidden_act=config.activation_function,
@@ -133,12 +137,13 @@ class GPT3Block(nn.Module):
 def block_masks(
     config: GPT3Config, real: Bool[Tensor, "batch keys"], *, num_queries: int
 ) -> dict[str, Bool[Tensor, "batch 1 queries keys"]]:
-    """What queries of a dense and of a banded block may see. A band slides: it ends at each query, not at a block edge."""
+    """What queries of a dense and of a banded block may see.
+
+    A band slides: it ends at each query. Blocks of window_size tokens that see only themselves would be another model.
+    """
     dense = masks.visible_keys(real, num_queries=num_queries)  # (B, 1, T, S)
-    if config.window_size is None:
-        return {"dense": dense}
-    band = masks.in_band(real, num_queries=num_queries, window_size=config.window_size)
-    return {"dense": dense, "banded": dense & band}
+    banded = masks.visible_keys(real, num_queries=num_queries, sliding_window=config.window_size)
+    return {"dense": dense, "banded": banded}
 
 
 class GPT3Model(nn.Module):
@@ -162,7 +167,7 @@ class GPT3Model(nn.Module):
         real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
         if cache is not None:
             real = cache.extended(real)  # (B, S)
-        position_ids = masks.resolve_positions(position_ids, input_ids, real)  # (B, T)
+        position_ids = masks.given_positions(position_ids, real, input_ids)  # (B, T)
         mask_of = block_masks(self.config, real, num_queries=input_ids.shape[1])
 
         x: Tensor = self.wte(input_ids) + self.wpe(position_ids)  # (B, T, hidden)

@@ -41,19 +41,19 @@ def positions(real: Bool[Tensor, "batch keys"], *, num_queries: int) -> Int[Tens
     return all_positions[:, real.shape[1] - num_queries :]  # (B, T)
 
 
-def resolve_positions(
-    position_ids: Int[Tensor, "#batch #seq"] | None, input_ids: Int[Tensor, "batch seq"], real: Bool[Tensor, "batch keys"]
+def given_positions(
+    position_ids: Int[Tensor, "..."] | None, real: Bool[Tensor, "batch keys"], input_ids: Int[Tensor, "batch seq"]
 ) -> Int[Tensor, "#batch seq"]:
-    """The given positions of `input_ids`, which are the last tokens of `real`; by default those of `positions`.
+    """The positions that a caller gave, or, where he gave none, those of `positions`.
 
     Raises:
-        ValueError: the given positions have neither the shape of `input_ids` nor that of one row for all.
+        ValueError: their shape is neither that of `input_ids` nor one row of it.
     """
-    seq = input_ids.shape[1]
+    batch, seq = input_ids.shape
     if position_ids is None:
         return positions(real, num_queries=seq)
-    if position_ids.shape not in (input_ids.shape, (1, seq)):
-        shapes = f"{tuple(position_ids.shape)} and input_ids {tuple(input_ids.shape)}"
+    if position_ids.shape not in ((batch, seq), (1, seq)):
+        shapes = f"{tuple(position_ids.shape)} and input_ids {(batch, seq)}"
         raise ValueError(f"position_ids has shape {shapes}: give one position a token, or one row for all")
     return position_ids
 
@@ -71,30 +71,35 @@ def causal(num_queries: int, num_keys: int, device: torch.device | None = None) 
     return key_index[None, :] <= query_index[:, None]
 
 
-def visible_keys(real: Bool[Tensor, "batch keys"], *, num_queries: int) -> Bool[Tensor, "batch 1 queries keys"]:
-    """Keys that are not in the future and not padding, for the last `num_queries` of the tokens in `real`.
+def within_window(
+    real: Bool[Tensor, "batch keys"], *, num_queries: int, sliding_window: int
+) -> Bool[Tensor, "batch queries keys"]:
+    """Keys that are fewer than `sliding_window` tokens back: a query sees that many keys, itself among them.
 
-    A padding query that has only padding before it sees nothing: its row is all False.
+    Jiang et al. 2023, Mistral 7B (arXiv:2310.06825), section 2: W → `sliding_window`. The paper speaks of "tokens
+    between i − W and i", which could be W + 1 keys; here and in Hugging Face they are i − W + 1 … i, W keys, as many as
+    the paper's rolling buffer holds. Layers stack: after L of them a token has been reached by L · (W − 1) before it.
+
+    Only real tokens are counted, so that padding inside a row takes no place in the window. Keys after the query are
+    not hidden here. With W = 3, for the last two of five tokens, all real, and with the third one padding:
+
+        1 1 1 1 1  →  0 1 1 1 1        1 1 0 1 1  →  1 1 1 1 1
+                      0 0 1 1 1                      0 1 1 1 1
+    """
+    place = real.cumsum(dim=-1)  # (B, S): how many real tokens there are up to and including this one
+    queries = place[:, real.shape[1] - num_queries :]  # (B, T)
+    return queries[:, :, None] - place[:, None, :] < sliding_window  # (B, T, S)
+
+
+def visible_keys(
+    real: Bool[Tensor, "batch keys"], *, num_queries: int, sliding_window: int | None = None
+) -> Bool[Tensor, "batch 1 queries keys"]:
+    """Keys that are not in the future, not padding, and not beyond the window, for the last `num_queries` of `real`.
+
+    Without a `sliding_window` a query may look back to the beginning. A padding query that has only padding before it
+    sees nothing: its row is all False.
     """
     may_see = causal(num_queries, real.shape[1], real.device) & real[:, None, :]  # (B, T, S)
+    if sliding_window is not None:
+        may_see = may_see & within_window(real, num_queries=num_queries, sliding_window=sliding_window)
     return may_see[:, None]  # (B, 1, T, S): the same for every head
-
-
-def in_band(
-    real: Bool[Tensor, "batch keys"], *, num_queries: int, window_size: int
-) -> Bool[Tensor, "batch 1 queries keys"]:
-    """Keys at most `window_size` − 1 real tokens before the query: a band of `window_size` keys, the query included.
-
-    Distances are counted in real tokens, so that padding between two parts of a text does not narrow the band. It
-    says nothing of keys after the query or of padding: combine it with `visible_keys`. For 5 tokens and window_size 2,
-    both together give
-
-        1 0 0 0 0
-        1 1 0 0 0
-        0 1 1 0 0
-        0 0 1 1 0
-        0 0 0 1 1
-    """
-    place = real.cumsum(dim=-1)  # (B, S)
-    distance = place[:, real.shape[1] - num_queries :, None] - place[:, None, :]  # (B, T, S)
-    return (distance < window_size)[:, None]  # (B, 1, T, S): the same for every head
