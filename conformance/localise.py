@@ -162,8 +162,8 @@ def _block_by_block(judge: "Judge") -> Explanation:
         passed = bounds.within(error, judge.dtype, bounds.Error(**oracle) if oracle else None).passed
         (right if passed else wrong).append(f"layers.{layer}")
     if not wrong:
-        return None, ["every block alone, teacher-forced, is right: look at the embedding, the order of the blocks, "
-                      "the final norm and the head"]  # fmt: skip
+        return None, ["every block alone, teacher-forced, is right: look at what depends on a layer's place, at the "
+                      "embedding, the final norm and the head"]  # fmt: skip
     how = f"each block alone, teacher-forced: {', '.join(wrong)} wrong" + (
         f"; {', '.join(right)} right" if right else ""
     )

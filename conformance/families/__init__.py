@@ -1,4 +1,4 @@
-"""Families: what a model architecture's cases, probes and oracle are.  One file a family.
+"""Families: what a model architecture's or a component's cases, probes and oracle are.  One file a family.
 
 A family file imports nothing heavy when it is imported; `conformance list` reads it in milliseconds.
 """
@@ -11,7 +11,9 @@ from typing import Any
 
 from conformance.probes import ProbeSpec
 
-FAMILIES = ("gpt", "gpt2", "gpt3", "llama")
+COMPONENTS = ("rms_norm",)
+MODELS = ("gpt", "gpt2", "gpt3", "llama")
+FAMILIES = (*COMPONENTS, *MODELS)
 
 Config = dict[str, Any]
 
@@ -102,8 +104,75 @@ class Family:
     module_kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def get(name: str) -> Family:
-    """The family called `name`.  Raises: ValueError naming the families there are."""
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """An argument or a return of a component: its name in the contract, its axes ("batch seq hidden"; none: a plain
+    number or word from the settings), and what it is.
+
+    optional: a return that is compared only if the candidate returns it by name.
+    """
+
+    name: str
+    axes: str | None
+    meaning: str
+    optional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentRecipe:
+    """How one case of a component is made.
+
+    settings: numbers and words, the content of config.json.
+    weights, inputs: name -> shape of a drawn float tensor; or name -> a tensor's nested list (ids, lengths, positions).
+    deviation: standard deviation of the drawn inputs, by name; 1 where nothing is said.
+    claims, field, counterfactuals: as in Recipe (label -> settings).
+    """
+
+    name: str
+    summary: str
+    settings: Config
+    weights: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    inputs: Mapping[str, Any]
+    deviation: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    claims: Mapping[str, tuple[str, ...]]
+    field: str | None = None
+    counterfactuals: Mapping[str, Config] = dataclasses.field(default_factory=dict)
+    last_rows: None = None
+
+    @property
+    def config(self) -> Config:
+        return self.settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One function under test: a norm, a rotation, a recurrent layer.
+
+    arguments: everything that a candidate may declare, by name: inputs, then weights, then settings.
+    returns: in the order in which a tuple has them.
+    oracle: what decides, for people.
+    truth: all tensors by name, settings -> returns by name, in the dtype that the tensors have; called in float64
+        (under TrueDouble), and in the working dtypes to measure the oracle's own error unless `exact`.
+    exact: the oracle is plain float64 loops; it has no working dtype, and the component claims float64 only.
+    reference: "module:function" of reference_impl with the same argument names.
+    """
+
+    name: str
+    title: str
+    paper: str
+    equations: str
+    oracle: str
+    arguments: tuple[Value, ...]
+    returns: tuple[Value, ...]
+    recipes: tuple[ComponentRecipe, ...]
+    truth: Callable[[dict[str, Any], Config], dict[str, Any]]
+    exact: bool = False
+    reference: str
+    fields: tuple[ConfigField, ...] = ()
+
+
+def get(name: str) -> Any:
+    """The Family or Component called `name`.  Raises: ValueError naming those there are."""
     if name not in FAMILIES:
         raise ValueError(f"unknown family {name!r}; there is {', '.join(FAMILIES)}")
-    return import_module(f"conformance.families.{name}").FAMILY  # type: ignore[no-any-return]
+    return import_module(f"conformance.families.{name}").FAMILY

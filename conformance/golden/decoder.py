@@ -179,7 +179,7 @@ class _Derivation:
                     f"{self.recipe.name}: ignoring {self.recipe.field} moves the logits by {movement[label]:.1e} only; "
                     f"a field case needs {MOVEMENT:g}; choose a value further from the default"
                 )
-            self.expected[f"counterfactual.{label}"] = wrong
+            self.expected[f"counterfactual.{label}.logits"] = wrong
         return movement
 
 

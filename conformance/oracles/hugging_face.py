@@ -56,6 +56,7 @@ class HuggingFace:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()  # what it would warn of is raised below
         architecture = self.architecture()
         settings = {**self.family.oracle_settings, **(self.family.double_settings if self.truth else {})}
         with self._mode():
