@@ -5,7 +5,7 @@ A key that is not understood may change the result, so it is refused by name rat
 
 from collections.abc import Mapping, Set
 from dataclasses import Field, asdict, fields
-from typing import Any
+from typing import Any, get_args
 
 # Keys of config.json that say nothing about what a forward pass of any decoder computes.
 KEYS_WITHOUT_EFFECT = frozenset({
@@ -49,9 +49,10 @@ def read_fields(
 
 def typed(field: Field[Any], value: Any) -> Any:
     """A value of config.json as the type of its field, where 2 may stand for 2.0."""
-    if field.type is float and type(value) is int:
+    kinds = get_args(field.type) or (field.type,)
+    if float in kinds and type(value) is int:
         return float(value)
-    if type(value) is not field.type:
+    if type(value) not in kinds:
         raise ValueError(f"{field.name}={value!r} must be of type {getattr(field.type, '__name__', field.type)}")
     return value
 

@@ -12,7 +12,7 @@ from typing import Any
 from conformance.probes import ProbeSpec
 
 COMPONENTS = ("rms_norm",)
-MODELS = ("llama", "phi")
+MODELS = ("gpt", "gpt2", "gpt3", "llama", "phi")
 FAMILIES = (*COMPONENTS, *MODELS)
 
 Config = dict[str, Any]
@@ -31,6 +31,7 @@ class Recipe:
     store: what the golden keeps beside logits and block outputs: "probes",
         "gradients", "blocks", "positions", "loss".
     last_rows: compare (and store) only so many last rows of the sequence.
+    scaled: ending of a weight's name -> power of two that it is multiplied by, for cases that stress a dtype's range.
     field: the config field that a field case moves, with counterfactuals: label -> the configuration a candidate
         effectively runs when it makes that mistake (the label completes "equals the oracle with …").
     """
@@ -44,6 +45,7 @@ class Recipe:
     claims: Mapping[str, tuple[str, ...]]
     store: frozenset[str] = frozenset()
     last_rows: int | None = None
+    scaled: Mapping[str, float] = dataclasses.field(default_factory=dict)
     field: str | None = None
     counterfactuals: Mapping[str, Config] = dataclasses.field(default_factory=dict)
 
@@ -72,6 +74,12 @@ class Family:
         one-layer checkpoint that feeds block N those inputs when it is given arange(batch · seq) as ids.
     probe_sizes: config, batch, seq -> size of every axis that the probes name.
     oracle_settings: what the oracle's configuration needs beside config.json (an expert kernel that has float64, …).
+    double_settings: the same at true double precision only (a guard that insists on torch.float32 switched off, …).
+    oracle_kernels: the attention kernels of the oracle, whose spread in a working dtype is its own error.
+    oracle_class: "module:Class" of what runs the oracle, a `HuggingFace`.
+    layers_key, positions_key: what config.json calls the number of blocks and the end of the context.
+    module_kinds: name of a weight's module -> what kind of weight it is (`conformance.draws.KINDS`), for modules whose
+        names do not say it.
     """
 
     name: str
@@ -88,6 +96,12 @@ class Family:
     kernel_probes: Callable[[Config], dict[str, tuple[str, str]]]
     probe_sizes: Callable[[Config, int, int], dict[str, int]]
     oracle_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    double_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    oracle_kernels: tuple[str, ...] = ("eager", "sdpa")
+    oracle_class: str = "conformance.oracles.hugging_face:HuggingFace"
+    layers_key: str = "num_hidden_layers"
+    positions_key: str = "max_position_embeddings"
+    module_kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

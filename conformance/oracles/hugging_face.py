@@ -24,9 +24,6 @@ from conformance.probes import at_module_boundaries, canonical
 if TYPE_CHECKING:
     from conformance.families import Config, Family
 
-# The kernels whose spread in a working dtype is the oracle's own error.
-KERNELS = ("eager", "sdpa")
-
 
 class HuggingFace:
     """One model of Hugging Face with a case's weights.
@@ -48,7 +45,8 @@ class HuggingFace:
     ):
         self.family, self.config = family, config
         self._mode: Any = TrueDouble if dtype is None else contextlib.nullcontext
-        self.dtype = dtype or torch.float64
+        self.truth, self.dtype = dtype is None, dtype or torch.float64
+        config, weights = self.checkpoint(config, weights)
         with tempfile.TemporaryDirectory() as directory:
             write_json(Path(directory, "config.json"), config)
             save_file(weights, Path(directory, "model.safetensors"), metadata={"format": "pt"})
@@ -59,15 +57,25 @@ class HuggingFace:
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()  # what it would warn of is raised below
-        architecture = getattr(transformers, self.family.oracle)
+        architecture = self.architecture()
+        settings = {**self.family.oracle_settings, **(self.family.double_settings if self.truth else {})}
         with self._mode():
             model, info = architecture.from_pretrained(
-                directory, dtype=self.dtype, attn_implementation=attention, output_loading_info=True,
-                **self.family.oracle_settings,
-            )  # fmt: skip
+                directory, dtype=self.dtype, attn_implementation=attention, output_loading_info=True, **settings
+            )
         if faults := {what: sorted(found) for what, found in info.items() if found}:
-            raise ValueError(f"{self.family.oracle} does not want exactly these weights: {faults}")
+            raise ValueError(f"{architecture.__name__} does not want exactly these weights: {faults}")
         return model.eval()
+
+    def checkpoint(self, config: "Config", weights: dict[str, Tensor]) -> "tuple[Config, dict[str, Tensor]]":
+        """What the library loads: config.json and weights, here those of the case."""
+        return config, weights
+
+    def architecture(self) -> Any:
+        """The library's class."""
+        import transformers
+
+        return getattr(transformers, self.family.oracle)
 
     def logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -82,17 +90,28 @@ class HuggingFace:
         with self._mode():
             loss = self._call(input_ids, None, None, labels=input_ids).loss
             loss.backward()
-        gradients = {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}
-        return loss.detach(), gradients
+        return loss.detach(), self.gradients()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What the last backward left, by the names of the case."""
+        return {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
     def probes(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Every probe of the family, in canonical axes and computational order (eager attention only)."""
-        boundaries = at_module_boundaries(self.model, self.family.module_probes(self.config))
-        with torch.no_grad(), self._mode(), _tapped(self.model) as tapped, boundaries as found:
+        boundaries = at_module_boundaries(self.model, self.module_probes())
+        with torch.no_grad(), self._mode(), self.tapped() as tapped, boundaries as found:
             self._call(input_ids, None, None)
         for probe, (_, quantity) in self.family.kernel_probes(self.config).items():
             found[probe] = tapped[int(probe.split(".")[1])][quantity]
         return canonical(self.family, self.config, found, *input_ids.shape)
+
+    def module_probes(self) -> dict[str, tuple[str, str]]:
+        """Probe -> (path of the library's module, "input" or "output")."""
+        return self.family.module_probes(self.config)
+
+    def tapped(self) -> contextlib.AbstractContextManager[dict[int, dict[str, Tensor]]]:
+        """While open, the attention kernels tell what they receive and return: layer -> quantity -> value."""
+        return _tapped(self.model)
 
     def _call(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, **more: Any) -> Any:
         # With jumping positions and no mask the library takes a row for packed documents; a mask of ones says no.
@@ -130,7 +149,8 @@ def _tapped(model: torch.nn.Module) -> Iterator[dict[int, dict[str, Tensor]]]:
         masked = scores if attention_mask is None else scores + attention_mask
         if not torch.allclose(masked.softmax(-1), weights, rtol=0, atol=1e-14):
             raise AssertionError("the recomputed scores do not give the kernel's own weights")
-        values = {"query": query, "key": key, "scores": scores, "weights": weights, "context": context}
+        values = {"query": query, "key": key, "value": value, "scores": scores,
+                  "weights": weights, "context": context}  # fmt: skip
         tapped[module.layer_idx] = {quantity: tensor.detach().clone() for quantity, tensor in values.items()}
         return context, weights
 

@@ -42,10 +42,16 @@ def score_scale(head_dim: int) -> float:
 
 
 def attention_scores(
-    query: Float[Tensor, "batch heads queries head_dim"], key: Float[Tensor, "batch heads keys head_dim"]
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch heads keys head_dim"],
+    scale: float | None = None,
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """q · k / √Dh for every query and key; nothing is masked yet. Arithmetic is in the dtype of `query`."""
-    return query @ key.transpose(-2, -1) * score_scale(query.shape[-1])  # (B, H, T, S)
+    """q · k · scale for every query and key; nothing is masked yet. Arithmetic is in the dtype of `query`.
+
+    `scale`: None for 1 / √Dh.
+    """
+    scale = score_scale(query.shape[-1]) if scale is None else scale
+    return query @ key.transpose(-2, -1) * scale  # (B, H, T, S)
 
 
 def attention_weights(
@@ -69,15 +75,15 @@ def fused_attention(
     key: Float[Tensor, "batch heads keys head_dim"],
     value: Float[Tensor, "batch heads keys head_dim"],
     mask: Bool[Tensor, "#batch 1 queries keys"],
+    scale: float | None = None,
 ) -> Float[Tensor, "batch heads queries head_dim"]:
-    """The same as weights @ value, by torch's fused kernel, which keeps no scores.
+    """The same as weights @ value, by torch's fused kernel, which keeps no scores. `scale`: None for 1 / √Dh.
 
     What kernels do with a query that sees no key differs; here it is shown all keys and its result is set to 0.
     """
     sees_nothing = ~mask.any(dim=-1, keepdim=True)  # (B, 1, T, 1)
-    context = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask | sees_nothing, scale=score_scale(query.shape[-1])
-    )
+    scale = score_scale(query.shape[-1]) if scale is None else scale
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask | sees_nothing, scale=scale)
     return context.masked_fill(sees_nothing, 0.0)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from reference_impl.nn.conv1d import Conv1D
+
 # hidden_act → its module. Φ is the normal distribution function.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,  # x · σ(x)
@@ -75,4 +77,24 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
         output: Tensor = self.fc2(self.activation_fn(self.fc1(x)))
+        return output
+
+
+class Conv1DFeedForward(nn.Module):
+    """One projection up, an activation, and one projection down, stored (in, out) as in GPT, GPT-2 and GPT-3.
+
+        y = act(x W₁ + b₁) W₂ + b₂
+
+    Vaswani et al. 2017 (arXiv:1706.03762), equation 2, there with max(0, ·): W₁, b₁ → c_fc, W₂, b₂ → c_proj.
+    Arithmetic is in the dtype of `x`.
+    """
+
+    def __init__(self, *, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+        super().__init__()
+        self.c_fc = Conv1D(in_features=hidden_size, out_features=intermediate_size)
+        self.c_proj = Conv1D(in_features=intermediate_size, out_features=hidden_size)
+        self.act = activation(hidden_act)
+
+    def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+        output: Tensor = self.c_proj(self.act(self.c_fc(x)))
         return output

@@ -1,4 +1,4 @@
-"""The norms: RMSNorm (Llama, Mistral, Mixtral) and LayerNorm (Phi)."""
+"""The norms: RMSNorm (Llama, Mistral, Mixtral) and LayerNorm (GPT, GPT-2, GPT-3, Phi)."""
 
 import torch
 from jaxtyping import Float
