@@ -15,7 +15,7 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from reference_impl.config import read_fields, require_divisible, require_positive
+from reference_impl.config import read_fields, require_divisible, require_model_type, require_positive
 from reference_impl.nn import masks
 from reference_impl.nn.feed_forward import Conv1DFeedForward
 from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
@@ -73,9 +73,8 @@ class GPTConfig:
         Raises:
             ValueError: not a GPT, a key that could change the result is unknown, or a value is not valid.
         """
-        return cls(
-            **read_fields(cls, config, model_type="openai-gpt", without_effect=KEYS_WITHOUT_EFFECT, elsewhere=set())
-        )
+        require_model_type(config, "openai-gpt")
+        return cls(**read_fields(cls, config, elsewhere=KEYS_WITHOUT_EFFECT))
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json."""

@@ -15,7 +15,7 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from reference_impl.config import DERIVED, read_fields, require_divisible, require_positive
+from reference_impl.config import DERIVED, read_fields, require_divisible, require_model_type, require_positive
 from reference_impl.nn import attention as core
 from reference_impl.nn import masks
 from reference_impl.nn.feed_forward import Conv1DFeedForward, activation
@@ -80,13 +80,10 @@ class GPT2Config:
         Raises:
             ValueError: not a GPT-2, a key that could change the result is unknown, or a value is not valid.
         """
+        require_model_type(config, "gpt2")
         if config.get("add_cross_attention", False):
             raise ValueError("add_cross_attention=True is not implemented; only a decoder that stands alone is")
-        return cls(
-            **read_fields(
-                cls, config, model_type="gpt2", without_effect=KEYS_WITHOUT_EFFECT, elsewhere={"add_cross_attention"}
-            )
-        )
+        return cls(**read_fields(cls, config, elsewhere=KEYS_WITHOUT_EFFECT | {"add_cross_attention"}))
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json."""

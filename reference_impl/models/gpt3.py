@@ -17,7 +17,7 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from reference_impl.config import DERIVED, read_fields, require_divisible, require_positive
+from reference_impl.config import DERIVED, read_fields, require_divisible, require_model_type, require_positive
 from reference_impl.nn import masks
 from reference_impl.nn.feed_forward import Conv1DFeedForward, activation
 from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
@@ -87,9 +87,8 @@ class GPT3Config:
         Raises:
             ValueError: not a GPT-3, a key that could change the result is unknown, or a value is not valid.
         """
-        values = read_fields(
-            cls, config, model_type="gpt3", without_effect=KEYS_WITHOUT_EFFECT, elsewhere={"attention_pattern"}
-        )
+        require_model_type(config, "gpt3")
+        values = read_fields(cls, config, elsewhere=KEYS_WITHOUT_EFFECT | {"attention_pattern"})
         pattern = config.get("attention_pattern", cls.attention_pattern)
         if not isinstance(pattern, list | tuple):
             raise ValueError(f"attention_pattern={pattern!r} must be a list of 'dense' and 'banded'")
