@@ -11,7 +11,7 @@ from typing import Any
 
 from conformance.probes import ProbeSpec
 
-COMPONENTS = ("rms_norm",)
+COMPONENTS = ("rms_norm", "layer_norm", "activations", "rotary")
 MODELS = ("llama",)
 FAMILIES = (*COMPONENTS, *MODELS)
 
