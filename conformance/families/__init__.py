@@ -11,7 +11,16 @@ from typing import Any
 
 from conformance.probes import ProbeSpec
 
-COMPONENTS = ("rms_norm", "layer_norm", "activations", "rotary")
+COMPONENTS = (
+    "rms_norm",
+    "layer_norm",
+    "activations",
+    "rotary",
+    "sinusoidal_positions",
+    "learned_positions",
+    "feed_forward",
+    "swiglu",
+)
 MODELS = ("llama",)
 FAMILIES = (*COMPONENTS, *MODELS)
 
@@ -111,6 +120,8 @@ class ComponentRecipe:
     settings: numbers and words, the content of config.json.
     weights, inputs: name -> shape of a drawn float tensor; or name -> a tensor's nested list (ids, lengths, positions).
     deviation: standard deviation of the drawn inputs, by name; 1 where nothing is said.
+    compared: a return -> nested list over its first axes, 1 where it is compared; without one, everywhere.  Padding
+        whose value no contract states is left out so.
     claims, field, counterfactuals: as in Recipe (label -> settings).
     """
 
@@ -120,6 +131,7 @@ class ComponentRecipe:
     weights: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     inputs: Mapping[str, Any]
     deviation: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    compared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     claims: Mapping[str, tuple[str, ...]]
     field: str | None = None
     counterfactuals: Mapping[str, Config] = dataclasses.field(default_factory=dict)
