@@ -20,6 +20,11 @@ COMPONENTS = (
     "learned_positions",
     "feed_forward",
     "swiglu",
+    "multi_head_attention",
+    "sliding_window_attention",
+    "relative_attention",
+    "sparse_moe",
+    "switch_ffn",
 )
 MODELS = ("llama",)
 FAMILIES = (*COMPONENTS, *MODELS)
@@ -151,7 +156,8 @@ class Component:
     oracle: what decides, for people.
     truth: all tensors by name, settings -> returns by name, in the dtype that the tensors have; called in float64
         (under TrueDouble), and in the working dtypes to measure the oracle's own error unless `exact`.
-    exact: the oracle is plain float64 loops; it has no working dtype, and the component claims float64 only.
+    exact: the oracle is plain float64 loops; it has no working dtype, and the component claims float64 only.  A single
+        case may do without working dtypes as well: its claims say so.
     reference: "module:function" of reference_impl with the same argument names.
     """
 
