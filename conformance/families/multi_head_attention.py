@@ -75,6 +75,7 @@ def _multi_head_attention_forward(tensors: "dict[str, Tensor]", settings: Config
         q_proj_weight=tensors["q_proj_weight"], k_proj_weight=tensors["k_proj_weight"],
         v_proj_weight=tensors["v_proj_weight"],
     )  # fmt: skip
+    assert weights is not None
     return y.transpose(0, 1), weights
 
 

@@ -20,8 +20,8 @@ def truth(tensors: "dict[str, Tensor]", settings: Config) -> "dict[str, Tensor]"
 
     from conformance.oracles.equations.switch import one_row
 
-    weights = [tensors[name] for name in ("router_weight", "wi_weight", "wo_weight")]
-    rows = [one_row(row, *weights, settings["expert_capacity"]) for row in tensors["x"]]
+    W_r, wi, wo = (tensors[name] for name in ("router_weight", "wi_weight", "wo_weight"))
+    rows = [one_row(x, W_r, wi, wo, settings["expert_capacity"]) for x in tensors["x"]]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 

@@ -23,7 +23,7 @@ def one_row(x: Tensor, W_r: Tensor, wi: Tensor, wo: Tensor, capacity: int) -> di
         h = W_r @ token
         powers = torch.exp(h - float(h.detach().max()))
         p = powers / powers.sum()
-        best = max(range(len(held)), key=lambda i, p=p: float(p[i].detach()))
+        best = int(p.detach().argmax())
         sent = [torch.zeros((), dtype=x.dtype)] * len(held)
         y = torch.zeros_like(token)
         if held[best] < capacity:
