@@ -25,13 +25,13 @@ def truth(tensors: "dict[str, Tensor]", settings: Config) -> "dict[str, Tensor]"
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _recipe(name: str, summary: str, capacity: int, *, ffn: int = 7, **more: Any) -> ComponentRecipe:
+def _recipe(name: str, summary: str, capacity: int, *, ffn: int = 5, **more: Any) -> ComponentRecipe:
     return ComponentRecipe(
         name=f"switch_ffn/{name}",
         summary=summary,
         settings={"expert_capacity": capacity},
-        inputs={"x": (3, 8, 6)},
-        weights={"router_weight": (4, 6), "wi_weight": (4, ffn, 6), "wo_weight": (4, 6, ffn)},
+        inputs={"x": (3, 8, 7)},
+        weights={"router_weight": (4, 7), "wi_weight": (4, ffn, 7), "wo_weight": (4, 7, ffn)},
         claims=_CLAIMS,
         **more,
     )
@@ -75,7 +75,7 @@ FAMILY = Component(
                 "expert_capacity one too low": {"expert_capacity": 1},
             },
         ),
-        _recipe("square", "room for 2, ffn as wide as hidden: transposed experts fit", 2, ffn=6),
+        _recipe("square", "room for 2, ffn as wide as hidden: transposed experts fit", 2, ffn=7),
     ),
     truth=truth,
     exact=True,
