@@ -25,7 +25,7 @@ def route_to_one(
 
 def within_capacity(
     chosen: Int[Tensor, "batch seq"], num_experts: int, expert_capacity: int
-) -> Float[Tensor, "batch seq experts"]:
+) -> Int[Tensor, "batch seq experts"]:
     """1 where a token is sent: to the expert it chose, if fewer than C tokens before it in its row chose the same.
 
     Fedus et al. 2021, section 2.1 and figure 3; rows do not share room. With C = 2, a row that chooses experts

@@ -22,7 +22,7 @@ def weights(hidden, heads, head_dim, position=1.0):
 
 def test_shift_puts_distance_m_plus_i_minus_j_at_key_j():
     """The docstring's example: 12 is query 1 at distance 2."""
-    by_distance = torch.tensor([[[[2, 1, 0], [12, 11, 10]]]])
+    by_distance = torch.tensor([[[[2.0, 1.0, 0.0], [12.0, 11.0, 10.0]]]])
     assert relative_shift(by_distance).tolist() == [[[[1, 0, 0], [12, 11, 10]]]]
 
 
