@@ -95,6 +95,10 @@ def resolve(spec: str) -> Implementation:
     Raises: CannotResolve saying what was looked for and what to write instead.
     """
     if spec in BUILT_IN:
+        if spec.startswith("hf") and importlib.util.find_spec("transformers") is None:
+            raise CannotResolve(
+                f"{spec} needs Hugging Face transformers, which is not installed: pip install transformers"
+            )
         return adopt(spec, importlib.import_module(BUILT_IN[spec][0]).IMPLEMENTATIONS[spec])
     module_name, _, attribute = spec.rpartition(":")
     if not module_name or not attribute:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from conformance import draws, families, golden
 from conformance.cases import Case, FixtureError, Manifest, file_entries, write_manifest
-from conformance.families import Recipe, llama
+from conformance.families import FAMILIES, Recipe, get, llama
 from conformance.oracles.hugging_face import HuggingFace
 
 CONFIG = {
@@ -137,7 +137,7 @@ def test_block_inputs_are_exact_in_bfloat16(goldens: Path) -> None:
 
 def test_provenance_says_how_far_ignoring_the_field_moves_the_logits(goldens: Path) -> None:
     case = Case("llama/field-mlp_bias", Manifest(goldens))
-    wrong, right = case.expected["counterfactual.mlp_bias ignored"], case.expected["logits"]
+    wrong, right = case.expected["counterfactual.mlp_bias ignored.logits"], case.expected["logits"]
     moved = ((wrong - right).abs().max() / right.abs().max()).item()
     assert case.provenance["movement"] == {"mlp_bias ignored": pytest.approx(moved, rel=1e-12)}
     assert moved > 1e-3
@@ -403,9 +403,9 @@ def test_expected_value_too_many_is_named(goldens: Path) -> None:
 
 def test_counterfactual_is_verified_too(goldens: Path) -> None:
     path = goldens / "llama/field-mlp_bias/expected.safetensors"
-    edit_tensors(path, shift("counterfactual.mlp_bias ignored", 1e-12))
+    edit_tensors(path, shift("counterfactual.mlp_bias ignored.logits", 1e-12))
     assert verified(goldens) == [
-        "llama/field-mlp_bias: counterfactual.mlp_bias ignored rebuilt differs by 1.0e-12, wanted 1e-13"
+        "llama/field-mlp_bias: counterfactual.mlp_bias ignored.logits rebuilt differs by 1.0e-12, wanted 1e-13"
     ]
 
 
@@ -514,7 +514,9 @@ def test_shipped_case_verifies_on_this_machine(monkeypatch: pytest.MonkeyPatch, 
 
 def test_shipped_manifest_has_the_recipes_cases_and_claims() -> None:
     claims = {name: entry["claims"] for name, entry in Manifest().cases.items()}
-    assert claims == {r.name: {check: list(dtypes) for check, dtypes in r.claims.items()} for r in llama.FAMILY.recipes}
+    assert claims == {
+        r.name: {check: list(dtypes) for check, dtypes in r.claims.items()} for f in FAMILIES for r in get(f).recipes
+    }
 
 
 def test_disagreement_at_explicit_positions_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

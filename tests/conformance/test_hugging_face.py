@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from candidates import LAYOUTS
 from conformance.bounds import measure
 from conformance.families import Recipe, get
 from conformance.golden.decoder import draw_inputs, draw_weights
 from conformance.oracles.true_double import TrueDouble
 from conformance.probes import at_module_boundaries
-from tests.candidates import LAYOUTS
 
 transformers = pytest.importorskip("transformers")
 

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from candidates import LAYOUTS
 from conformance import check
 from conformance.cases import Case, Manifest
 from conformance.localise import NoProbes, known_probes
-from tests.candidates import LAYOUTS
 
 
 class Float32Engine:
