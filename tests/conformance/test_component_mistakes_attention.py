@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.judged import Function, not_passed, outputs
+from judged import Function, not_passed, outputs
 
 # --- multi_head_attention, in steps that a mistake replaces
 

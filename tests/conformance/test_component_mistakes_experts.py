@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conformance.cases import Case
-from tests.judged import Function, not_passed, outputs
+from judged import Function, not_passed, outputs
 
 # --- sparse_moe: a router gives every expert a weight, most of them 0; a mistake is another router or expert
 

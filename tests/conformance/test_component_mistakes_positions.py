@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.judged import not_passed, outputs
+from judged import not_passed, outputs
 
 # --- rotary: complex numbers, so that nothing is shared with the reference or with the oracle
 
