@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 VOCABULARY: dict[str, str] = {
     "embedding": "what enters the first block: the looked-up rows of the embedding table (positions added, scaled, "
     "where the family does so)",
+    "layers.N.norm": "normalised input of the block, where attention and feed-forward layer share it (parallel blocks)",
     "layers.N.attention.norm": "normalised input of the attention",
     "layers.N.attention.query": "query projection, bias included, before rotary positions",
     "layers.N.attention.key": "key projection, bias included, before rotary positions",
     "layers.N.attention.value": "value projection, bias included",
+    "layers.N.attention.query_normed": "query, each head normalised on its own, before rotary positions",
+    "layers.N.attention.key_normed": "key, each head normalised on its own, before rotary positions",
     "layers.N.attention.query_rotated": "query after rotary positions, as the score kernel receives it",
     "layers.N.attention.key_rotated": "key after rotary positions, one per key-value head (not repeated)",
     "layers.N.attention.scores": "scaled scores, before any mask",
@@ -31,8 +34,9 @@ VOCABULARY: dict[str, str] = {
     "layers.N.attention.residual": "residual stream after the attention was added",
     "layers.N.feed_forward.norm": "normalised input of the feed-forward layer",
     "layers.N.feed_forward.gate": "gate projection, before the activation",
-    "layers.N.feed_forward.up": "up projection",
-    "layers.N.feed_forward.activation": "activation function applied to the gate",
+    "layers.N.feed_forward.up": "up projection, bias included",
+    "layers.N.feed_forward.activation": "activation function applied to the gate (to the up projection where there "
+    "is no gate)",
     "layers.N.feed_forward.product": "activation times up, the input of the down projection",
     "layers.N.feed_forward.output": "down projection",
     "layers.N.output": "residual stream after the block",

@@ -26,7 +26,7 @@ COMPONENTS = (
     "sparse_moe",
     "switch_ffn",
 )
-MODELS = ("llama",)
+MODELS = ("llama", "phi")
 FAMILIES = (*COMPONENTS, *MODELS)
 
 Config = dict[str, Any]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # Families whose model the installed transformers has.
-HUB_FAMILIES = frozenset({"llama"})
+HUB_FAMILIES = frozenset({"llama", "phi"})
 
 
 class HuggingFaceModels:

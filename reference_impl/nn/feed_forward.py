@@ -1,4 +1,4 @@
-"""The gated feed-forward block (SwiGLU and its relatives) and the activations that config.json can name."""
+"""The feed-forward blocks, plain and gated (SwiGLU), and the activations that config.json can name."""
 
 from collections.abc import Callable
 
@@ -97,4 +97,24 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
         output: Tensor = self.down_proj(gate(self.gate_proj(x), self.up_proj(x), self.act_fn))
+        return output
+
+
+class FeedForward(nn.Module):
+    """One projection up, an activation, and one projection down, both with a bias.
+
+        y = act(x W₁ + b₁) W₂ + b₂
+
+    Vaswani et al. 2017 (arXiv:1706.03762), equation 2, where act is ReLU: W₁, b₁ → fc1, W₂, b₂ → fc2. Arithmetic is in
+    the dtype of `x`.
+    """
+
+    def __init__(self, *, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.activation_fn = activation(hidden_act)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+        output: Tensor = self.fc2(self.activation_fn(self.fc1(x)))
         return output

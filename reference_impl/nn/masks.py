@@ -41,6 +41,23 @@ def positions(real: Bool[Tensor, "batch keys"], *, num_queries: int) -> Int[Tens
     return all_positions[:, real.shape[1] - num_queries :]  # (B, T)
 
 
+def given_positions(
+    position_ids: Int[Tensor, "..."] | None, real: Bool[Tensor, "batch keys"], input_ids: Int[Tensor, "batch seq"]
+) -> Int[Tensor, "#batch seq"]:
+    """The positions that a caller gave, or, where he gave none, those of `positions`.
+
+    Raises:
+        ValueError: their shape is neither that of `input_ids` nor one row of it.
+    """
+    batch, seq = input_ids.shape
+    if position_ids is None:
+        return positions(real, num_queries=seq)
+    if position_ids.shape not in ((batch, seq), (1, seq)):
+        shapes = f"{tuple(position_ids.shape)} and input_ids {(batch, seq)}"
+        raise ValueError(f"position_ids has shape {shapes}: give one position a token, or one row for all")
+    return position_ids
+
+
 def causal(num_queries: int, num_keys: int, device: torch.device | None = None) -> Bool[Tensor, "queries keys"]:
     """The queries are the last tokens of the sequence; each sees itself and all before it.
 
