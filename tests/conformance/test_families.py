@@ -487,5 +487,5 @@ def test_family_is_found_by_its_name(name: str) -> None:
 
 
 def test_unknown_family_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match="unknown family 'lama'; there is .*, llama"):
+    with pytest.raises(ValueError, match=r"unknown family 'lama'; there is .*, llama"):
         get("lama")
