@@ -11,7 +11,7 @@ from typing import Any
 
 from conformance.probes import ProbeSpec
 
-COMPONENTS = ("rms_norm",)
+COMPONENTS = ("rms_norm", "rnn", "lstm", "gru")
 MODELS = ("llama",)
 FAMILIES = (*COMPONENTS, *MODELS)
 
@@ -139,8 +139,11 @@ class Component:
     oracle: what decides, for people.
     truth: all tensors by name, settings -> returns by name, in the dtype that the tensors have; called in float64
         (under TrueDouble), and in the working dtypes to measure the oracle's own error unless `exact`.
-    exact: the oracle is plain float64 loops; it has no working dtype, and the component claims float64 only.
+    exact: the oracle is plain float64 loops; it has no working dtype, and the component claims float64 only.  A single
+        case may do without working dtypes as well: its claims say so.
     reference: "module:function" of reference_impl with the same argument names.
+    carried: a return -> the argument that takes it when the next piece of a sequence is fed; such a component can be
+        fed in pieces, cut and joined along the axis called "seq".
     """
 
     name: str
@@ -155,6 +158,12 @@ class Component:
     exact: bool = False
     reference: str
     fields: tuple[ConfigField, ...] = ()
+    carried: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """The names of all weights that any of its cases has."""
+        return frozenset(name for recipe in self.recipes for name in recipe.weights)
 
 
 def get(name: str) -> Any:
