@@ -98,6 +98,8 @@ class ComponentCandidate:
     def _named(self, returned: Any) -> dict[str, Any]:
         names = [value.name for value in self.family.returns if not value.optional]
         known = {value.name for value in self.family.returns}
+        if set(names) <= set(getattr(returned, "_fields", ())):
+            returned = returned._asdict()
         if isinstance(returned, Mapping):
             if missing := [name for name in names if name not in returned]:
                 raise Misbehaviour(

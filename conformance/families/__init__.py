@@ -11,7 +11,7 @@ from typing import Any
 
 from conformance.probes import ProbeSpec
 
-COMPONENTS = ("rms_norm", "rnn", "lstm", "gru")
+COMPONENTS = ("rms_norm", "rnn", "lstm", "gru", "additive_attention", "luong_attention", "lstmn")
 MODELS = ("llama",)
 FAMILIES = (*COMPONENTS, *MODELS)
 

@@ -113,6 +113,8 @@ def component(family: "Component", tensors: dict[str, Tensor], settings: "Config
     returned = found(**{name: value for name, value in arguments.items() if name in declared})
     if hasattr(returned, "named"):
         returned = returned.named()
+    elif hasattr(returned, "_asdict"):
+        returned = returned._asdict()
     if isinstance(returned, dict):
         return returned
     names = [value.name for value in family.returns if not value.optional]

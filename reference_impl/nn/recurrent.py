@@ -40,7 +40,7 @@ class Recurrent(NamedTuple):
 
 def rnn(
     x: Float[Tensor, "batch seq input"],
-    h0: Float[Tensor, "layers*directions batch hidden"],
+    h0: Float[Tensor, "states batch hidden"],
     weights: Weights,
     *,
     num_layers: int,
@@ -62,8 +62,8 @@ def rnn(
 
 def lstm(
     x: Float[Tensor, "batch seq input"],
-    h0: Float[Tensor, "layers*directions batch hidden"],
-    c0: Float[Tensor, "layers*directions batch hidden"],
+    h0: Float[Tensor, "states batch hidden"],
+    c0: Float[Tensor, "states batch hidden"],
     weights: Weights,
     *,
     num_layers: int,
@@ -88,7 +88,7 @@ def lstm(
 
 def gru(
     x: Float[Tensor, "batch seq input"],
-    h0: Float[Tensor, "layers*directions batch hidden"],
+    h0: Float[Tensor, "states batch hidden"],
     weights: Weights,
     *,
     num_layers: int,

@@ -34,7 +34,7 @@ class RecurrentModule(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -1 / math.sqrt(self.hidden_size), 1 / math.sqrt(self.hidden_size))
 
-    def initial(self, x: Tensor) -> Float[Tensor, "layers*directions batch hidden"]:
+    def initial(self, x: Tensor) -> Float[Tensor, "states batch hidden"]:
         """The state of zeros that stands for one that is not given."""
         return x.new_zeros(self.num_layers * (1 + self.bidirectional), len(x), self.hidden_size)
 
