@@ -12,6 +12,12 @@ from typing import Any
 from conformance.probes import ProbeSpec
 
 COMPONENTS = (
+    "rnn",
+    "lstm",
+    "gru",
+    "additive_attention",
+    "luong_attention",
+    "lstmn",
     "rms_norm",
     "layer_norm",
     "activations",
@@ -173,6 +179,8 @@ class Component:
     exact: the oracle is plain float64 loops; it has no working dtype, and the component claims float64 only.  A single
         case may do without working dtypes as well: its claims say so.
     reference: "module:function" of reference_impl with the same argument names.
+    carried: a return -> the argument that takes it when the next piece of a sequence is fed; such a component can be
+        fed in pieces, cut and joined along the axis called "seq".
     """
 
     name: str
@@ -187,6 +195,12 @@ class Component:
     exact: bool = False
     reference: str
     fields: tuple[ConfigField, ...] = ()
+    carried: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """The names of all weights that any of its cases has."""
+        return frozenset(name for recipe in self.recipes for name in recipe.weights)
 
 
 def get(name: str) -> Any:

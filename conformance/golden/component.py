@@ -55,15 +55,18 @@ def derive(recipe: ComponentRecipe) -> Derived:
         expected |= _gradients(family, recipe, tensors, inputs)
     works = any(dtype in bounds.UNIT_ROUNDOFF for dtypes in recipe.claims.values() for dtype in dtypes)
     noise = {} if family.exact or not works else _noise(family, tensors, recipe.settings, truth, kept)
-    movement = {}
+    movement, optional = {}, {value.name for value in family.returns if value.optional}
     for label, settings in recipe.counterfactuals.items():
         wrong = {n: _zeroed(t, kept.get(n)) for n, t in _double_run(family.truth, tensors, settings).items()}
-        movement[label] = max(bounds.measure(wrong[name], value).max for name, value in truth.items())
+        moved = {name: bounds.measure(wrong[name], value).max for name, value in truth.items()}
+        movement[label] = max(moved.values())
         if label == f"{recipe.field} ignored" and movement[label] < MOVEMENT:
             raise GoldenError(
                 f"{recipe.name}: ignoring {recipe.field} moves nothing by more than {movement[label]:.1e}"
             )
-        expected |= {f"counterfactual.{label}.{name}": value for name, value in wrong.items()}
+        # A mistake is recognised by what every candidate returns, and by what it changes of that
+        told = [name for name in moved if name not in optional and moved[name] > AGREEMENT]
+        expected |= {f"counterfactual.{label}.{name}": wrong[name] for name in told}
     inputs |= {COMPARED + name: where for name, where in kept.items()}
     provenance = {"oracle_error": noise, "agreement_with_reference": agreement, "movement": movement}
     return Derived(weights, inputs, expected, provenance)
