@@ -19,7 +19,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 # model_type in config.json → module, config class and model class of the family.
-FAMILIES = {"llama": ("reference_impl.models.llama", "LlamaConfig", "Llama")}
+FAMILIES = {
+    "llama": ("reference_impl.models.llama", "LlamaConfig", "Llama"),
+    "mistral": ("reference_impl.models.mistral", "MistralConfig", "Mistral"),
+    "mixtral": ("reference_impl.models.mixtral", "MixtralConfig", "Mixtral"),
+}
 
 # Tensors that old files hold although they follow from config.json.
 DERIVED_TENSORS = (".rotary_emb.inv_freq",)

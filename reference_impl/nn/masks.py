@@ -54,10 +54,35 @@ def causal(num_queries: int, num_keys: int, device: torch.device | None = None) 
     return key_index[None, :] <= query_index[:, None]
 
 
-def visible_keys(real: Bool[Tensor, "batch keys"], *, num_queries: int) -> Bool[Tensor, "batch 1 queries keys"]:
-    """Keys that are not in the future and not padding, for the last `num_queries` of the tokens in `real`.
+def within_window(
+    real: Bool[Tensor, "batch keys"], *, num_queries: int, sliding_window: int
+) -> Bool[Tensor, "batch queries keys"]:
+    """Keys that are fewer than `sliding_window` tokens back: a query sees that many keys, itself among them.
 
-    A padding query that has only padding before it sees nothing: its row is all False.
+    Jiang et al. 2023, Mistral 7B (arXiv:2310.06825), section 2: W → `sliding_window`. The paper speaks of "tokens
+    between i − W and i", which could be W + 1 keys; here and in Hugging Face they are i − W + 1 … i, W keys, as many as
+    the paper's rolling buffer holds. Layers stack: after L of them a token has been reached by L · (W − 1) before it.
+
+    Only real tokens are counted, so that padding inside a row takes no place in the window. Keys after the query are
+    not hidden here. With W = 3, for the last two of five tokens, all real, and with the third one padding:
+
+        1 1 1 1 1  →  0 1 1 1 1        1 1 0 1 1  →  1 1 1 1 1
+                      0 0 1 1 1                      0 1 1 1 1
+    """
+    place = real.cumsum(dim=-1)  # (B, S): how many real tokens there are up to and including this one
+    queries = place[:, real.shape[1] - num_queries :]  # (B, T)
+    return queries[:, :, None] - place[:, None, :] < sliding_window  # (B, T, S)
+
+
+def visible_keys(
+    real: Bool[Tensor, "batch keys"], *, num_queries: int, sliding_window: int | None = None
+) -> Bool[Tensor, "batch 1 queries keys"]:
+    """Keys that are not in the future, not padding, and not beyond the window, for the last `num_queries` of `real`.
+
+    Without a `sliding_window` a query may look back to the beginning. A padding query that has only padding before it
+    sees nothing: its row is all False.
     """
     may_see = causal(num_queries, real.shape[1], real.device) & real[:, None, :]  # (B, T, S)
+    if sliding_window is not None:
+        may_see = may_see & within_window(real, num_queries=num_queries, sliding_window=sliding_window)
     return may_see[:, None]  # (B, 1, T, S): the same for every head
