@@ -1,12 +1,14 @@
 """Hugging Face transformers as oracle: its unmodified models, at true double precision or in a working dtype.
 
 The library itself loads the model from a checkpoint directory, under `TrueDouble` for the truth (its `.double()` keeps
-float32 casts inside).  Probes come from forward hooks at module boundaries and from a tap on the attention kernel; none
-of them is computed by this project, except `scores`, which the kernel does not return: they are recomputed from
-the kernel's own query and key and must reproduce the kernel's own weights.
+float32 casts inside).  Probes come from forward hooks at module boundaries and from taps on the kernels of
+attention and experts; none of them is computed by this project, except `scores`, which the kernel does not return: they
+are recomputed from the kernel's own query and key and must reproduce the kernel's own weights.
 """
 
 import contextlib
+import functools
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -82,16 +84,38 @@ class HuggingFace:
             loss = self._call(input_ids, None, None, labels=input_ids).loss
             loss.backward()
         gradients = {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}
-        return loss.detach(), gradients
+        return loss.detach(), self._by_hub_name(gradients)
+
+    def _by_hub_name(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by parameter, as the library itself would save them: what it fuses in memory is cut up again."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return {n: t.contiguous() for n, t in revert_weight_conversion(self.model, tensors).items()}
 
     def probes(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Every probe of the family, in canonical axes and computational order (eager attention only)."""
-        boundaries = at_module_boundaries(self.model, self.family.module_probes(self.config))
-        with torch.no_grad(), self._mode(), _tapped(self.model) as tapped, boundaries as found:
+        boundaries = at_module_boundaries(self.model, self._places())
+        taps = _tapped_attention(self.model), _tapped_experts(self.model)
+        with torch.no_grad(), self._mode(), boundaries as found, taps[0] as attention, taps[1] as experts:
             self._call(input_ids, None, None)
         for probe, (_, quantity) in self.family.kernel_probes(self.config).items():
-            found[probe] = tapped[int(probe.split(".")[1])][quantity]
+            layer = int(probe.split(".")[1])
+            found[probe] = (attention[layer] | experts.get(layer, {}))[quantity]
         return canonical(self.family, self.config, found, *input_ids.shape)
+
+    def at_boundaries(self, input_ids: Tensor, probes: list[str]) -> dict[str, Tensor]:
+        """Some probes that module boundaries show, in canonical axes; in any dtype and with any kernel."""
+        places = {probe: place for probe, place in self._places().items() if probe in probes}
+        with torch.no_grad(), self._mode(), at_module_boundaries(self.model, places) as found:
+            self._call(input_ids, None, None)
+        return canonical(self.family, self.config, found, *input_ids.shape)
+
+    def _places(self) -> dict[str, tuple[str, str]]:
+        """The family's `module_probes`, with module paths as the library has them in memory."""
+        places = self.family.module_probes(self.config)
+        for part, renamed in self.family.library_paths.items():
+            places = {probe: (path.replace(part, renamed), side) for probe, (path, side) in places.items()}
+        return places
 
     def _call(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, **more: Any) -> Any:
         # With jumping positions and no mask the library takes a row for packed documents; a mask of ones says no.
@@ -108,7 +132,36 @@ def real_positions(attention_mask: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _tapped(model: torch.nn.Module) -> Iterator[dict[int, dict[str, Tensor]]]:
+def _tapped_experts(model: torch.nn.Module) -> Iterator[dict[int, dict[str, Tensor]]]:
+    """Have every fused experts module tell, layer by layer, the weights it received and what the chosen experts return.
+
+    The library returns the weighted sum only. Its own experts are called once for each place in a token's choice, with
+    a weight of 1; the weighted sum of these must be what it returned.
+    """
+    tapped: dict[int, dict[str, Tensor]] = {}
+
+    def tap(layer: int, experts: Any, args: tuple[Tensor, Tensor, Tensor], returned: Tensor) -> None:
+        x, chosen, weights = args
+        alone = [experts.forward(x, one, torch.ones_like(one, dtype=x.dtype)) for one in chosen.split(1, dim=-1)]
+        outputs = torch.stack(alone, dim=1)  # (tokens, k, hidden)
+        if not torch.allclose((weights[..., None] * outputs).sum(1), returned, rtol=1e-13, atol=1e-13):
+            raise AssertionError("the experts' outputs, weighted, do not give what the module returned")
+        tapped[layer] = {"routing_weights": weights.detach().clone(), "expert_outputs": outputs.detach()}
+
+    handles = [
+        module.register_forward_hook(functools.partial(tap, int(found[1])))
+        for name, module in model.named_modules()
+        if (found := re.search(r"layers\.(\d+)\.mlp\.experts$", name))
+    ]
+    try:
+        yield tapped
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _tapped_attention(model: torch.nn.Module) -> Iterator[dict[int, dict[str, Tensor]]]:
     """Switch the model to an attention kernel that also tells what it received and returned, layer by layer.
 
     Works for models on the library's attention interface.

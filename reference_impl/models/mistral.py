@@ -49,7 +49,7 @@ class MistralConfig:
     num_hidden_layers: int = 32
     # Number of query heads, H.
     num_attention_heads: int = 32
-    # Number of key/value heads, KV. Each serves H / KV query heads. In config.json null means as many as query heads.
+    # Number of key/value heads, KV. Each serves H / KV query heads.
     num_key_value_heads: int = 8
     # Width of a head, Dh; null: hidden_size / num_attention_heads.
     head_dim: int = DERIVED
@@ -84,8 +84,6 @@ class MistralConfig:
             ValueError: not a Mistral, a key that could change the result is unknown, or a value is not valid.
         """
         require_model_type(config, "mistral")
-        if config.get("num_key_value_heads", 0) is None:
-            config = {**config, "num_key_value_heads": config.get("num_attention_heads", cls.num_attention_heads)}
         values = read_fields(cls, config, elsewhere=WITHOUT_EFFECT | rotary.KEYS)
         rope_theta, rope_scaling = rotary.read_rope(config, default_theta=cls.rope_theta)
         return cls(**values, rope_theta=rope_theta, rope_scaling=rope_scaling)
