@@ -1,6 +1,6 @@
 """Measure the error ratio of correct implementations, and from it the two constants of the working tier.
 
-    python benchmarks/calibrate_bounds.py --seeds 2000 --jobs 2
+    PYTHONPATH=tests python benchmarks/calibrate_bounds.py --seeds 2000 --jobs 2
 
 For every seed, fresh weights and ids for one of the Llama recipes; the oracle's truth and its own error per dtype as
 `golden make` measures it; then the error ratio, by RMS and by maximum, of implementations that share no code with the
@@ -11,24 +11,20 @@ limit is a false alarm.  By the rule of three, n samples without one bound the r
 
 import dataclasses
 import statistics
-import sys
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+from candidates import LAYOUTS
 from conformance import bounds
 from conformance.families import get
 from conformance.golden import decoder
-from conformance.implementation import Checkpoint
+from conformance.implementation import adopt, load_checkpoint
 from conformance.implementations.reference import Reference
 from conformance.oracles.hugging_face import HuggingFace
-from tests.candidates import LAYOUTS
 
 Samples = dict[tuple[str, str], list[tuple[float, float]]]
 
@@ -48,9 +44,9 @@ def sample(seed: int) -> Samples:
     found: Samples = defaultdict(list)
     for dtype in bounds.UNIT_ROUNDOFF:
         for name, implementation in implementations.items():
-            checkpoint = Checkpoint(recipe.config, weights, getattr(torch, dtype), torch.device("cpu"))
+            candidate = load_checkpoint(adopt(name, implementation), recipe.config, weights, dtype, "cpu")
             with torch.no_grad():
-                logits = implementation.load(checkpoint)(ids)
+                logits = candidate(ids).logits
             judgement = bounds.within(bounds.measure(logits, truth), dtype, bounds.Error(**noise[dtype]))
             found[dtype, name].append((judgement.ratio.rms, judgement.ratio.max))
     return dict(found)

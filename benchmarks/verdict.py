@@ -1,6 +1,6 @@
 """How long a verdict takes.
 
-    python benchmarks/verdict.py --runs 5
+    PYTHONPATH=tests python benchmarks/verdict.py --runs 5
 
 1. Wall time of `conformance run reference`, imports included, and claims a second; median of several runs, interleaved
    with the start-up alone (one claim), so that both see the same noise.
@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 
 import click
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def command(*arguments: str) -> tuple[float, dict]:
@@ -37,11 +35,11 @@ def forwards(repeats: int) -> dict[str, float]:
     """Cost of a passing and of a failing claim, in forwards of the candidate; median of interleaved measurements."""
     import torch
 
+    from candidates import LAYOUTS
     from conformance.cases import Case, Claim
     from conformance.implementation import adopt
     from conformance.judge import Judge, judge
     from conformance.suite import checks
-    from tests.candidates import LAYOUTS
 
     torch.set_num_threads(1)
     case, claim = Case("llama/distinct"), Claim("llama/distinct", "golden.logits", "float64")

@@ -185,10 +185,9 @@ class Case:
         """Tensors that another case stores: hub name -> that case."""
         return self.provenance["shared"]  # type: ignore[no-any-return]
 
-    @property
-    def counterfactuals(self) -> "dict[str, Tensor]":
-        """Logits of the mistakes that the case knows, the plainest mistake first: label -> (batch, seq, vocab)."""
-        return {label: self.expected[f"counterfactual.{label}"] for label in self.provenance["movement"]}
+    def counterfactuals(self, what: str = "logits") -> "dict[str, Tensor]":
+        """A value as the mistakes that the case knows give it, the plainest mistake first: label -> value."""
+        return {label: self.expected[f"counterfactual.{label}.{what}"] for label in self.provenance["movement"]}
 
     @property
     def rows(self) -> slice:

@@ -4,7 +4,7 @@ import inspect
 import re
 
 from conformance.cases import Manifest
-from conformance.families import FAMILIES, Family, get
+from conformance.families import FAMILIES, MODELS, Component, ComponentRecipe, Family, Value, get
 from conformance.probes import VOCABULARY
 
 Rows = list[tuple[str, str]]
@@ -66,6 +66,8 @@ def explain(identifier: str) -> str:
 
 def _family(name: str) -> str:
     family = get(name)
+    if isinstance(family, Component):
+        return _component(family)
     lines = [
         f"{name}: {family.title}",
         f"Source: {family.paper}",
@@ -81,9 +83,30 @@ def _family(name: str) -> str:
     return "\n".join(lines + [f"  {probe:<34} ({', '.join(axes)})" for probe, axes in seen])
 
 
+def _component(component: Component) -> str:
+    """The contract of a component: what a function may declare, and what it returns."""
+    names = ", ".join(value.name for value in component.arguments)
+    lines = [f"{component.name}: {component.title}", f"Source: {component.paper}", f"Oracle: {component.oracle}"]
+    lines += [component.equations.rstrip(), "", f"    def {component.name}({names}): ..."]
+    lines += ["", "Called by keyword, with those of these arguments that it declares:"]
+    lines += [f"  {v.name:<22} {_shape(v):<34} {v.meaning}" for v in component.arguments]
+    lines += ["", "Returns, alone, as a tuple in this order, or as a dict by name:"]
+    lines += [
+        f"  {v.name:<22} {_shape(v):<34} {v.meaning}{' (optional, in a dict)' if v.optional else ''}"
+        for v in component.returns
+    ]
+    lines += ["", "Cases:"] + [f"  {r.name:<34} {r.summary}" for r in component.recipes]
+    return "\n".join([*lines, "", f"    conformance run my_file.py:{component.name} --family {component.name}"])
+
+
+def _shape(value: Value) -> str:
+    return "setting" if value.axes is None else f"({', '.join(value.axes.split())})"
+
+
 def _case(name: str) -> str:
     recipe = next(r for r in get(name.split("/")[0]).recipes if r.name == name)
-    lines = [f"{name}: {recipe.summary}", f"Batch {recipe.batch}, sequence {recipe.seq}.", "", "Claims:"]
+    size = [] if isinstance(recipe, ComponentRecipe) else [f"Batch {recipe.batch}, sequence {recipe.seq}."]
+    lines = [f"{name}: {recipe.summary}", *size, "", "Claims:"]
     lines += [f"  {check:<24} {', '.join(dtypes)}" for check, dtypes in Manifest().cases[name]["claims"].items()]
     if recipe.counterfactuals:
         lines += ["", "A wrong answer is recognised if it equals the oracle with:"]
@@ -99,7 +122,7 @@ def _check(name: str, documentation: str) -> str:
 
 def _probe_shapes(probe: str) -> list[str]:
     lines = []
-    for name in FAMILIES:
+    for name in MODELS:
         for spec in get(name).probes(get(name).recipes[0].config):
             if spec.name == probe.replace("layers.N.", "layers.0."):
                 lines.append(f"{name}: ({', '.join(spec.axes)}), computed from {', '.join(spec.parents) or 'the ids'}")
@@ -117,7 +140,7 @@ def _fields(identifier: str) -> str | None:
     return "\n\n".join(lines) or None
 
 
-def field_cases(family: Family, field: str) -> list[str]:
+def field_cases(family: Family | Component, field: str) -> list[str]:
     """The field cases that move a config field."""
     return [r.name for r in family.recipes if r.field and field in re.split(r"\W+", r.field)]
 

@@ -79,8 +79,10 @@ def run(implementation: str, workers: str | None, pytest_arguments: tuple[str, .
             arguments.append(f"--conformance-{what}={options[what]}")
     if workers:
         arguments += ["-n", workers]
-    # Only the plugins named above: whatever else is installed beside the candidate has no say in its verdict.
+    # Only the plugins and options named above: whatever else is installed or set has no say in a candidate's verdict.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
+        os.environ.pop(name, None)
     status = pytest.main([*arguments, *pytest_arguments], plugins=[TerminalReport()])
     if status == pytest.ExitCode.USAGE_ERROR:
         raise CannotRun(_refused(pytest_arguments))
@@ -201,7 +203,7 @@ def _golden(families: tuple[str, ...], fixtures: Path | None) -> tuple[Any, list
     if unknown := set(families) - set(FAMILIES):
         raise CannotRun(f"unknown family {', '.join(sorted(unknown))}; there is {', '.join(FAMILIES)}")
     if find_spec("transformers") is None:
-        raise CannotRun("goldens need the oracle: pip install 'sequence-conformance[oracle]'")
+        raise CannotRun("goldens need the oracle, which is not installed: pip install transformers")
     from conformance import golden as module
 
     return module, list(families or FAMILIES), fixtures or fixtures_directory()

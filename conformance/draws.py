@@ -7,7 +7,7 @@ as 16-bit little-endian words; word w gives the integer (w · n) >> 16 in [0, n)
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,17 +47,28 @@ def uniform(label: str, shape: Sequence[int], deviation: float, mean: float = 0.
     return (mean + draws.to(torch.float32) * 2.0**-shift).view(*shape)
 
 
-def tensor(label: str, name: str, shape: Sequence[int]) -> "Tensor":
+# kind of weight -> standard deviation; the matrices' is GAIN / √fan_in
+KINDS = {"bias": 0.3, "norm": 0.4, "embedding": 0.5, "linear": None, "conv1d": None}
+
+
+def kind_of(name: str, module_kinds: Mapping[str, str]) -> str:
+    """What kind of weight `name` is: by its module, where `module_kinds` lists it, else by the words in its name."""
+    if name.endswith("bias"):
+        return "bias"
+    module = name.split(".")[-2:][0]
+    if module in module_kinds:
+        return module_kinds[module]
+    return "norm" if "norm" in name else "embedding" if "embed" in name else "linear"
+
+
+def tensor(label: str, name: str, shape: Sequence[int], module_kinds: Mapping[str, str] | None = None) -> "Tensor":
     """The stress weight called `name`: nothing keeps its initial value, and no two tensors are alike.
 
     Standard deviations: norm weights 0.4 around 1, biases 0.3, embeddings 0.5 (small, so that a norm's ε matters),
-    every other matrix GAIN/√fan_in, fan_in being the last dimension (torch.nn.Linear's layout).
+    every other matrix GAIN/√fan_in, fan_in being the last dimension (torch.nn.Linear's layout) or, of the kind
+    "conv1d", the first.
     """
     stream = f"{label}/{name}/{'x'.join(map(str, shape))}"
-    if name.endswith("bias"):
-        return uniform(stream, shape, 0.3)
-    if "norm" in name:
-        return uniform(stream, shape, 0.4, mean=1.0)
-    if "embed" in name:
-        return uniform(stream, shape, 0.5)
-    return uniform(stream, shape, GAIN / math.sqrt(shape[-1]))
+    kind = kind_of(name, module_kinds or {})
+    deviation = KINDS[kind] or GAIN / math.sqrt(shape[0] if kind == "conv1d" else shape[-1])
+    return uniform(stream, shape, deviation, mean=1.0 if kind == "norm" else 0.0)

@@ -68,6 +68,7 @@ class Implementation:
     """A resolved implementation.
 
     families: what it declares, or None when it is a bare function that declares nothing.
+    bare: it is a function and nothing more: a `load`, or for a component the component itself.
     dtypes: what it declares to run in (all four when it says nothing).
     """
 
@@ -75,7 +76,8 @@ class Implementation:
     name: str
     families: frozenset[str] | None
     dtypes: frozenset[str]
-    load: Callable[["Checkpoint"], Any]
+    load: Callable[..., Any]
+    bare: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -93,6 +95,10 @@ def resolve(spec: str) -> Implementation:
     Raises: CannotResolve saying what was looked for and what to write instead.
     """
     if spec in BUILT_IN:
+        if spec.startswith("hf") and importlib.util.find_spec("transformers") is None:
+            raise CannotResolve(
+                f"{spec} needs Hugging Face transformers, which is not installed: pip install transformers"
+            )
         return adopt(spec, importlib.import_module(BUILT_IN[spec][0]).IMPLEMENTATIONS[spec])
     module_name, _, attribute = spec.rpartition(":")
     if not module_name or not attribute:
@@ -156,6 +162,7 @@ def adopt(spec: str, found: Any) -> Implementation:
         families=None if families is None else frozenset(families),
         dtypes=dtypes,
         load=load,
+        bare=not hasattr(found, "load"),
     )
 
 
@@ -278,14 +285,14 @@ class Candidate:
                     "type", f"a {type(returned).__name__} of {shapes} was returned; exactly one must be {wanted}"
                 )
             returned = fitting[0]
-        if loss is not None and (loss := _as_tensor(loss, "loss")).numel() != 1:
+        if loss is not None and (loss := as_tensor(loss, "loss")).numel() != 1:
             raise Misbehaviour("shape", f"a loss of shape {tuple(loss.shape)}, wanted a single number")
         return Output(self._logits(returned, wanted), loss)
 
     def _logits(self, returned: Any, wanted: tuple[int, ...]) -> "Tensor":
         import torch
 
-        logits = _as_tensor(returned, "logits")
+        logits = as_tensor(returned, "logits")
         if logits.is_meta or logits.layout is not torch.strided:
             kind = "on the meta device" if logits.is_meta else f"in the layout {_name(logits.layout)}"
             raise Misbehaviour("type", f"logits {kind}, wanted a dense tensor with values")
@@ -381,7 +388,7 @@ def _declared_arguments(function: Any) -> frozenset[str] | None:
     return frozenset(p.name for p in parameters)
 
 
-def _as_tensor(value: Any, what: str) -> "Tensor":
+def as_tensor(value: Any, what: str) -> "Tensor":
     import torch
 
     if isinstance(value, torch.Tensor):

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from conformance import bounds
 from conformance.cases import Case, Claim, FixtureError
+from conformance.component import ComponentCandidate
+from conformance.families import Component, get
 from conformance.implementation import (
-    Candidate,
     CandidateRaised,
     Implementation,
     Misbehaviour,
@@ -25,9 +26,8 @@ from conformance.implementation import (
     load,
     precision,
 )
+from conformance.report.model import FORWARD
 
-# The check that says whether the model is right at all; the others are read in its light.
-FORWARD = "golden.logits"
 # Where the frames lie that a candidate's traceback can do without.
 _NOT_THE_CANDIDATE = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
 
@@ -90,6 +90,7 @@ class Failure(Exception):
 class Judge:
     """What a check works with: the case, the loaded candidate, and comparison against the truth.
 
+    candidate: the loaded model (`implementation.Candidate`) or component (`component.ComponentCandidate`).
     worst: the largest error that the check at hand has met.
     plan: sizes of the calls that it fed a session, when that can be replayed for localisation.
     forward_is_right: what `golden.logits` came to in this dtype, once it has been judged.
@@ -98,7 +99,13 @@ class Judge:
     def __init__(self, implementation: Implementation, case: Case, dtype: str, device: str):
         self.implementation, self.case, self.dtype, self.device = implementation, case, dtype, device
         case.read()
-        self.candidate: Candidate = load(implementation, case, dtype, device)
+        family = get(case.family)
+        self.is_component = isinstance(family, Component)
+        self.candidate: Any = (
+            ComponentCandidate(implementation, family, case, dtype, device)
+            if self.is_component
+            else load(implementation, case, dtype, device)
+        )
         self.forward_is_right: bool | None = None
         self.begin()
 
@@ -115,7 +122,7 @@ class Judge:
     def logits(self, input_ids: Tensor, **optional: Tensor) -> Tensor:
         """The candidate's logits of one call."""
         with self.precision():
-            return self.candidate(input_ids, **optional).logits
+            return self.candidate(input_ids, **optional).logits  # type: ignore[no-any-return]
 
     def compare(
         self,
@@ -190,7 +197,7 @@ def judge(check: Callable[[Judge], None], claim: Claim, prepare: Callable[[], Ju
     result.seconds = time.perf_counter() - started
     if session is not None:
         result.calls = session.candidate.calls
-        if claim.check == FORWARD:
+        if claim.check in FORWARD:
             session.forward_is_right = result.outcome == "pass"
     return result
 
@@ -199,15 +206,18 @@ def _explain(session: Judge, result: Result) -> None:
     """Say where the first wrong tensor is.  Never changes the verdict."""
     from conformance.localise import localise
 
-    if result.claim.check != FORWARD and session.forward_is_right is False:
-        result.notes.append(f"{FORWARD} fails as well; see there first")
-    elif result.claim.check == FORWARD or session.plan:
+    forward = FORWARD[session.is_component]
+    if result.claim.check != forward and session.forward_is_right is False:
+        result.notes.append(f"{forward} fails as well; see there first")
+    elif session.is_component:
+        return
+    elif result.claim.check == forward or session.plan:
         try:
             result.divergence, result.notes = localise(session)
         except Exception as error:
             result.notes.append(f"not localised: {type(error).__name__}: {error}")
     elif session.forward_is_right and result.claim.check != "golden.blocks":
-        result.notes.append(f"{FORWARD} passes: the same rows are right without {result.claim.check.split('.')[1]}")
+        result.notes.append(f"{forward} passes: the same rows are right without {result.claim.check.split('.')[1]}")
 
 
 def _raised(claim: Claim, raised: CandidateRaised) -> Result:

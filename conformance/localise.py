@@ -116,12 +116,16 @@ def _describe(alignment: Alignment, source: str) -> dict[str, Any] | None:
     }
 
 
+def _layers(case: "Case") -> int:
+    return int(case.config[get(case.family).layers_key])
+
+
 # --- block by block -------------------------------------------------------------------------------------------------
 
 
 def stored_blocks(case: "Case") -> Iterator[Block]:
     """The one-layer checkpoints whose truth the golden stores: (config, weights, ids, logits), layer by layer."""
-    for layer in range(case.config["num_hidden_layers"]):
+    for layer in range(_layers(case)):
         block_input = case.expected[f"blocks.{layer}.input"]
         yield (*_block(case, block_input, layer), case.expected[f"blocks.{layer}.logits"])
 
@@ -134,7 +138,7 @@ def _all_blocks(case: "Case") -> Iterator[Block]:
     from conformance.implementations import reference
 
     values, _ = known_probes(case)
-    for layer in range(case.config["num_hidden_layers"]):
+    for layer in range(_layers(case)):
         source = values["embedding" if layer == 0 else f"layers.{layer - 1}.output"]
         one = _block(case, source.to(torch.bfloat16).to(torch.float32), layer)
         yield (*one, reference.logits(*one))
@@ -158,8 +162,8 @@ def _block_by_block(judge: "Judge") -> Explanation:
         passed = bounds.within(error, judge.dtype, bounds.Error(**oracle) if oracle else None).passed
         (right if passed else wrong).append(f"layers.{layer}")
     if not wrong:
-        return None, ["every block alone, teacher-forced, is right: look at the embedding, the order of the blocks, "
-                      "the final norm and the head"]  # fmt: skip
+        return None, ["every block alone, teacher-forced, is right: look at what depends on a layer's place, at the "
+                      "embedding, the final norm and the head"]  # fmt: skip
     how = f"each block alone, teacher-forced: {', '.join(wrong)} wrong" + (
         f"; {', '.join(right)} right" if right else ""
     )

@@ -29,7 +29,7 @@ DEFAULT_TIMEOUT = 60.0
 # Timeouts in a row after which a case, and the whole run, is given up.
 HANGS_OF_CASE, HANGS_OF_RUN = 3, 9
 # How pytest names a claim, below whatever rootdir: test_golden.py::test_logits[llama/plain-float64]
-_CLAIM_ID = re.compile(rf"(^|/)test_({'|'.join(GROUPS)})\.py::test_\w+\[")
+_CLAIM_ID = re.compile(rf"(^|/)test_({'|'.join(GROUPS)})\.py::test_\w+\[(?P<case>.+)-\w+\]$")
 _SELECTION = ("family", "case", "check", "dtype")
 
 
@@ -48,15 +48,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--conformance-save", metavar="FILE", help="write the run as JSON")
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
-    """Under -n, claims of one case stay on one worker, so that a checkpoint is loaded once.
-
-    A wrapper, so as to come before pytest-xdist, which would choose --dist load.
-    """
-    if config.getoption("implementation") and getattr(config.option, "dist", None) == "no":
-        config.option.dist = "loadgroup" if getattr(config.option, "numprocesses", None) else "no"
-    return (yield)
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Should a process of pytest-xdist's die (the candidate's are others), the run ends: its replacement can hang."""
+    if config.getoption("implementation") and getattr(config.option, "maxworkerrestart", "") is None:
+        config.option.maxworkerrestart = "0"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -86,7 +82,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     claims = [claim for claim in run.selected if claim.check == check]
     metafunc.parametrize(
         "judge",
-        [pytest.param(c, id=f"{c.case}-{c.dtype}", marks=pytest.mark.xdist_group(c.case)) for c in claims],
+        [pytest.param(c, id=f"{c.case}-{c.dtype}") for c in claims],
     )
 
 
@@ -141,6 +137,21 @@ class Run:
         self.worker.close()  # the xdist workers have their own
         node.workerinput["conformance_description"] = json.dumps(self.description)
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
+        """Under -n, claims of one case stay on one worker: the case is loaded once, and hangs in a row are counted.
+
+        Our own, since --dist loadgroup does not group under pytest 9.2 (pytest-xdist issue 1386).
+        """
+        from xdist.scheduler import LoadScopeScheduling
+
+        class CaseScheduling(LoadScopeScheduling):  # type: ignore[misc]
+            def _split_scope(self, nodeid: str) -> str:
+                claim = _CLAIM_ID.search(nodeid)
+                return claim["case"] if claim else str(super()._split_scope(nodeid))
+
+        return CaseScheduling(config, log) if config.getoption("dist") == "load" else None
+
     def _select(self) -> list[Claim]:
         """The claims to judge.  What is wrong with the question is said before the implementation is imported."""
         option = {what: self.config.getoption(f"conformance_{what}") for what in _SELECTION}
@@ -164,10 +175,14 @@ class Run:
         return claims
 
     def _declared(self, manifest: Manifest, wanted: list[str]) -> set[str]:
-        """The families that the implementation declares, all when it declares nothing."""
+        """The families that the implementation declares; a bare function's are those that are asked for."""
         described = self.describe()["implementation"]
         name = described["name"]
-        declared = set(manifest.families if described["families"] is None else described["families"])
+        if described["families"] is None and not wanted:
+            raise ValueError(
+                f"{name} is a bare function and declares no family; say which: --family {' | '.join(manifest.families)}"
+            )
+        declared = set(wanted if described["families"] is None else described["families"])
         if not declared:
             raise ValueError(f"{name} declares no family; this suite has {', '.join(manifest.families)}")
         if unknown := sorted(declared - set(manifest.families)):
@@ -256,17 +271,14 @@ class Run:
 
     # --- results -----------------------------------------------------------------------------------------------------
 
-    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if _CLAIM_ID.search(report.nodeid) and not self.is_xdist_worker:
-            report.nodeid = report.nodeid.split("@")[0]  # one name with -n and without: for --lf, for JUnit
         for name, value in report.user_properties:
             if name == PROPERTY and report.when == "call":
                 self.results[report.nodeid] = json.loads(str(value))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        self.expected = {i.split("@")[0] for i in ids if _CLAIM_ID.search(i)}
+        self.expected = {i for i in ids if _CLAIM_ID.search(i)}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

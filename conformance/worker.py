@@ -16,6 +16,7 @@ import ctypes
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from typing import Any, NoReturn
 STARTUP_TIMEOUT = 300.0
 # How much of the end of a dead child's output is kept, in bytes.
 KEPT_OUTPUT = 1 << 16
-# Where checkpoints are written; the parent removes it, since a child that dies cannot.
+# Where checkpoints are written: a directory that outlives a child, which cannot clean up when it dies.
 SCRATCH = "CONFORMANCE_SCRATCH"
 
 
@@ -315,6 +316,7 @@ def main() -> None:
     import conformance.report.environment  # noqa: F401
 
     Zygote(Connection(int(descriptor)), implementation, device).run()
+    shutil.rmtree(os.environ[SCRATCH], ignore_errors=True)  # the parent may have been killed
     os._exit(0)  # taking the interpreter down in good order takes seconds
 
 

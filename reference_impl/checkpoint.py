@@ -20,13 +20,17 @@ from torch import nn
 
 # model_type in config.json → module, config class and model class of the family.
 FAMILIES = {
+    "gpt2": ("reference_impl.models.gpt2", "GPT2Config", "GPT2"),
+    "gpt3": ("reference_impl.models.gpt3", "GPT3Config", "GPT3"),
     "llama": ("reference_impl.models.llama", "LlamaConfig", "Llama"),
     "mistral": ("reference_impl.models.mistral", "MistralConfig", "Mistral"),
     "mixtral": ("reference_impl.models.mixtral", "MixtralConfig", "Mixtral"),
+    "openai-gpt": ("reference_impl.models.gpt", "GPTConfig", "GPT"),
+    "phi": ("reference_impl.models.phi", "PhiConfig", "Phi"),
 }
 
-# Tensors that old files hold although they follow from config.json.
-DERIVED_TENSORS = (".rotary_emb.inv_freq",)
+# Tensors that old files hold although they follow from config.json: rotary frequencies, GPT's and GPT-2's causal masks.
+DERIVED_TENSORS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 READABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 CONFIG_FILE, SINGLE_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -45,9 +49,10 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies and what the header of its file says about it."""
+    """Where a tensor lies, under which name, and what the header of its file says about it."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -98,13 +103,15 @@ def load_weights(
     """
     path = Path(path)
     parameters = _parameters_by_names(model)
-    stored = _find_tensors(path)
+    stored = _with_full_names(_find_tensors(path), {name for names in parameters for name in names})
     _require_match(path, parameters, stored)
     with ExitStack() as stack:
         files = {entry.file for entry in stored.values()}
         readers = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
         for names, parameter in parameters.items():
-            tensor, *others = (readers[stored[name].file].get_tensor(name) for name in names if name in stored)
+            tensor, *others = (
+                readers[stored[name].file].get_tensor(stored[name].name) for name in names if name in stored
+            )
             if not all(torch.equal(tensor, other) for other in others):
                 raise CheckpointError(path, [f"{' and '.join(names)} are one parameter, but differ in the files"])
             # A copy: the mapped file may be replaced or deleted while the model lives.
@@ -188,11 +195,21 @@ def _find_tensors(path: Path) -> dict[str, Stored]:
     return found
 
 
+def _with_full_names(stored: Mapping[str, Stored], wanted: set[str]) -> dict[str, Stored]:
+    """The stored tensors under their names in the model.
+
+    Files written from a model without its head, such as OpenAI's GPT-2 on the hub, leave the first part of the names
+    out: "h.0.ln_1.weight" for "transformer.h.0.ln_1.weight". A tensor whose full name is stored too keeps its own.
+    """
+    full = {name.partition(".")[2]: name for name in wanted - stored.keys()}
+    return {name if name in wanted else full.get(name, name): entry for name, entry in stored.items()}
+
+
 def _read_header(file: Path) -> dict[str, Stored]:
     try:
         with safe_open(file, framework="pt") as reader:
             slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
-            return {name: Stored(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+            return {name: Stored(file, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except SafetensorError as error:
         raise CheckpointError(file.parent, [f"{file.name} is corrupt or cut short: {error}"]) from error
 
@@ -211,9 +228,11 @@ def _require_match(path: Path, parameters: Mapping[Names, nn.Parameter], stored:
         ]
     known = {name for names in parameters for name in names}
     for name, entry in sorted(stored.items()):
+        if name not in known and name.endswith(DERIVED_TENSORS):
+            continue
         if entry.dtype not in READABLE_DTYPES:
             faults.append(f"{name} is stored as {entry.dtype}: wanted one of {READABLE_DTYPES}, in {entry.file.name}")
-        if name not in known and not name.endswith(DERIVED_TENSORS):
+        if name not in known:
             faults.append(f"{name} is unexpected: shape {entry.shape}, in {entry.file.name}")
     if faults:
         raise CheckpointError(path, faults)

@@ -294,6 +294,17 @@ class SleepsWithChild(Fake):
         time.sleep(FOREVER)
 
 
+class DiesLeavingChild(Fake):
+    """Starts a process of its own, says its id, and ends without it."""
+
+    def answer(self, logits: Tensor) -> Any:
+        child = os.fork()
+        if child == 0:
+            time.sleep(FOREVER)
+        print("child", child)
+        os._exit(0)
+
+
 class ExitsWell(Fake):
     def answer(self, logits: Tensor) -> Any:
         print("good bye")

@@ -1,4 +1,4 @@
-"""Families: what a model architecture's cases, probes and oracle are.  One file a family.
+"""Families: what a model architecture's or a component's cases, probes and oracle are.  One file a family.
 
 A family file imports nothing heavy when it is imported; `conformance list` reads it in milliseconds.
 """
@@ -11,7 +11,9 @@ from typing import Any
 
 from conformance.probes import ProbeSpec
 
-FAMILIES = ("llama", "mistral", "mixtral")
+COMPONENTS = ("rms_norm",)
+MODELS = ("gpt", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi")
+FAMILIES = (*COMPONENTS, *MODELS)
 
 Config = dict[str, Any]
 
@@ -30,6 +32,7 @@ class Recipe:
     store: what the golden keeps beside logits and block outputs: "probes",
         "gradients", "blocks", "positions", "loss".
     last_rows: compare (and store) only so many last rows of the sequence.
+    scaled: ending of a weight's name -> power of two that it is multiplied by, for cases that stress a dtype's range.
     field: the config field that a field case moves, with counterfactuals: label -> the configuration a candidate
         effectively runs when it makes that mistake (the label completes "equals the oracle with …").
     """
@@ -44,6 +47,7 @@ class Recipe:
     claims: Mapping[str, tuple[str, ...]]
     store: frozenset[str] = frozenset()
     last_rows: int | None = None
+    scaled: Mapping[str, float] = dataclasses.field(default_factory=dict)
     field: str | None = None
     counterfactuals: Mapping[str, Config] = dataclasses.field(default_factory=dict)
 
@@ -72,8 +76,13 @@ class Family:
     block_checkpoint: config, weights, inputs of block N (batch, seq, hidden), N -> the configuration and weights of a
         one-layer checkpoint that feeds block N those inputs when it is given arange(batch · seq) as ids.
     probe_sizes: config, batch, seq -> size of every axis that the probes name.
-    library_paths: part of a module path on the hub -> what the oracle's library calls it in memory, where that differs.
     oracle_settings: what the oracle's configuration needs beside config.json (an expert kernel that has float64, …).
+    double_settings: the same at true double precision only (a guard that insists on torch.float32 switched off, …).
+    oracle_kernels: the attention kernels of the oracle, whose spread in a working dtype is its own error.
+    oracle_class: "module:Class" of what runs the oracle, a `HuggingFace`.
+    layers_key, positions_key: what config.json calls the number of blocks and the end of the context.
+    module_kinds: name of a weight's module -> what kind of weight it is (`conformance.draws.KINDS`), for modules whose
+        names do not say it.
     """
 
     name: str
@@ -89,12 +98,84 @@ class Family:
     block_checkpoint: Callable[..., tuple[Config, dict[str, Any]]]
     kernel_probes: Callable[[Config], dict[str, tuple[str, str]]]
     probe_sizes: Callable[[Config, int, int], dict[str, int]]
-    library_paths: Mapping[str, str] = dataclasses.field(default_factory=dict)
     oracle_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    double_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    oracle_kernels: tuple[str, ...] = ("eager", "sdpa")
+    oracle_class: str = "conformance.oracles.hugging_face:HuggingFace"
+    layers_key: str = "num_hidden_layers"
+    positions_key: str = "max_position_embeddings"
+    module_kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def get(name: str) -> Family:
-    """The family called `name`.  Raises: ValueError naming the families there are."""
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """An argument or a return of a component: its name in the contract, its axes ("batch seq hidden"; none: a plain
+    number or word from the settings), and what it is.
+
+    optional: a return that is compared only if the candidate returns it by name.
+    """
+
+    name: str
+    axes: str | None
+    meaning: str
+    optional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentRecipe:
+    """How one case of a component is made.
+
+    settings: numbers and words, the content of config.json.
+    weights, inputs: name -> shape of a drawn float tensor; or name -> a tensor's nested list (ids, lengths, positions).
+    deviation: standard deviation of the drawn inputs, by name; 1 where nothing is said.
+    claims, field, counterfactuals: as in Recipe (label -> settings).
+    """
+
+    name: str
+    summary: str
+    settings: Config
+    weights: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    inputs: Mapping[str, Any]
+    deviation: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    claims: Mapping[str, tuple[str, ...]]
+    field: str | None = None
+    counterfactuals: Mapping[str, Config] = dataclasses.field(default_factory=dict)
+    last_rows: None = None
+
+    @property
+    def config(self) -> Config:
+        return self.settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One function under test: a norm, a rotation, a recurrent layer.
+
+    arguments: everything that a candidate may declare, by name: inputs, then weights, then settings.
+    returns: in the order in which a tuple has them.
+    oracle: what decides, for people.
+    truth: all tensors by name, settings -> returns by name, in the dtype that the tensors have; called in float64
+        (under TrueDouble), and in the working dtypes to measure the oracle's own error unless `exact`.
+    exact: the oracle is plain float64 loops; it has no working dtype, and the component claims float64 only.
+    reference: "module:function" of reference_impl with the same argument names.
+    """
+
+    name: str
+    title: str
+    paper: str
+    equations: str
+    oracle: str
+    arguments: tuple[Value, ...]
+    returns: tuple[Value, ...]
+    recipes: tuple[ComponentRecipe, ...]
+    truth: Callable[[dict[str, Any], Config], dict[str, Any]]
+    exact: bool = False
+    reference: str
+    fields: tuple[ConfigField, ...] = ()
+
+
+def get(name: str) -> Any:
+    """The Family or Component called `name`.  Raises: ValueError naming those there are."""
     if name not in FAMILIES:
         raise ValueError(f"unknown family {name!r}; there is {', '.join(FAMILIES)}")
-    return import_module(f"conformance.families.{name}").FAMILY  # type: ignore[no-any-return]
+    return import_module(f"conformance.families.{name}").FAMILY

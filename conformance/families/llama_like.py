@@ -1,50 +1,22 @@
-"""What Llama, Mistral and Mixtral share: rotary settings, names of tensors and modules, probes, one-layer checkpoints.
+"""What Llama, Mistral and Mixtral share: names and shapes of tensors, names of modules, probes.
 
 They differ in the feed-forward layer, which each family gives as a table.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from conformance.families import Config
+from conformance.families.decoders import kv_heads
 from conformance.probes import ProbeSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Name of a matrix inside a layer -> rows, columns, whether it has a bias.
 Projections = dict[str, tuple[int, int, bool]]
 # Probes of a feed-forward layer in computational order, the last one "output": name -> axes, parents ("norm" is given).
 FeedForward = Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
 
-# --- configurations -------------------------------------------------------------------------------------------------
-
-SPELLINGS = {"4.x": ("rope_theta", "rope_scaling"), "5.x": ("rope_parameters",)}
-
-
-def rope_keys(rope: dict[str, Any]) -> Config:
-    """`rope` = {rope_type, rope_theta, …} in both spellings: transformers 4.x wrote rope_theta and rope_scaling, 5.x
-    writes rope_parameters, and what reads one silently ignores the other.
-    """
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return {
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
-        "rope_parameters": rope,
-    }
-
-
-def in_spelling(config: Config, spelling: str) -> Config:
-    """The config with its rotary settings in one spelling only, "4.x" or "5.x"."""
-    return {k: v for k, v in config.items() if not k.startswith("rope_") or k in SPELLINGS[spelling]}
-
 
 def head_dim(config: Config) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def kv_heads(config: Config) -> int:
-    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
 # --- checkpoint -----------------------------------------------------------------------------------------------------
@@ -85,27 +57,6 @@ def tensor_shapes(config: Config, projections: Projections) -> dict[str, tuple[i
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (rows,)
     return shapes
-
-
-def block_checkpoint(
-    config: Config, weights: "dict[str, Tensor]", block_input: "Tensor", layer: int
-) -> "tuple[Config, dict[str, Tensor]]":
-    """A one-layer checkpoint that feeds `block_input` (batch, seq, hidden) to block `layer` alone.
-
-    Its embedding table is the block's input, one row a token of the batch, so that arange(batch · seq) as ids looks
-    it up; block `layer` becomes layer 0; norm and head are kept, the head cut to as many rows as there are ids.
-    """
-    rows = block_input.flatten(0, 1)
-    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-    if len(rows) > len(head):
-        raise ValueError(f"{len(rows)} block inputs need a vocabulary of as many, the case has {len(head)}")
-    one = {
-        name.replace(f"layers.{layer}.", "layers.0."): tensor
-        for name, tensor in weights.items()
-        if f"layers.{layer}." in name or name == "model.norm.weight"
-    }
-    one |= {"model.embed_tokens.weight": rows.contiguous(), "lm_head.weight": head[: len(rows)].contiguous()}
-    return config | {"num_hidden_layers": 1, "vocab_size": len(rows), "tie_word_embeddings": False}, one
 
 
 # --- probes ---------------------------------------------------------------------------------------------------------
@@ -197,25 +148,3 @@ def module_probes(config: Config, feed_forward: Mapping[str, tuple[str, str]]) -
             path = f"model.layers.{layer}.{module}".rstrip(".")
             found[f"layers.{layer}.{probe}"] = (path, side)
     return found
-
-
-ATTENTION_KERNEL = {
-    "attention.query_rotated": ("self_attn.query_rotated", "query"),
-    "attention.key_rotated": ("self_attn.key_rotated", "key"),
-    "attention.scores": ("self_attn.scores", "scores"),
-    "attention.weights": ("self_attn.weights", "weights"),
-}
-
-
-def kernel_probes(
-    config: Config, inside: Mapping[str, tuple[str, str]] = ATTENTION_KERNEL
-) -> dict[str, tuple[str, str]]:
-    """Probe -> (module path as the reference names it, what the kernel calls the value).
-
-    inside: the same for one layer.
-    """
-    return {
-        f"layers.{layer}.{probe}": (f"model.layers.{layer}.{path}", quantity)
-        for layer in range(config["num_hidden_layers"])
-        for probe, (path, quantity) in inside.items()
-    }

@@ -3,10 +3,20 @@
 Oracle: `MistralForCausalLM` of Hugging Face transformers at true double precision.
 """
 
+from functools import partial
 from typing import Any
 
 from conformance.families import Config, ConfigField, Family, Recipe, llama_like
-from conformance.families.decoders import FULL, MODEST, WORKING, field_case, without
+from conformance.families.decoders import (
+    FULL,
+    MODEST,
+    WORKING,
+    block_checkpoint,
+    field_case,
+    kernel_probes,
+    rope_keys,
+    without,
+)
 from conformance.probes import ProbeSpec
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -18,7 +28,7 @@ _DEFAULT_WINDOW = 4096
 def _config(*, spelling: str | None = None, **changes: Any) -> Config:
     """A small Mistral at its defaults, then changed; the rotary settings in both spellings unless one is asked for."""
     rope = {"rope_type": "default", "rope_theta": _DEFAULT_THETA} | changes.pop("rope", {})
-    config = {
+    return {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
         "vocab_size": 47,
@@ -33,13 +43,12 @@ def _config(*, spelling: str | None = None, **changes: Any) -> Config:
         "sliding_window": _DEFAULT_WINDOW,
         "attention_dropout": 0.1,  # only in training; the suite evaluates, so a candidate that applies it fails
         "tie_word_embeddings": False,
-        **llama_like.rope_keys(rope),
+        **rope_keys(rope, spelling),
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": None,
         "torch_dtype": "float32",
     } | changes
-    return llama_like.in_spelling(config, spelling) if spelling else config
 
 
 # Keys that decide the maths and that a config.json may leave out; without num_key_value_heads there would be 8.
@@ -238,6 +247,6 @@ FAMILY = Family(
     probes=probes,
     probe_sizes=llama_like.probe_sizes,
     module_probes=module_probes,
-    kernel_probes=llama_like.kernel_probes,
-    block_checkpoint=llama_like.block_checkpoint,
+    kernel_probes=kernel_probes,
+    block_checkpoint=partial(block_checkpoint, final_norm="model.norm"),
 )  # fmt: skip

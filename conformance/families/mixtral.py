@@ -9,10 +9,20 @@ margins are wide in both layers (and, for `unbalanced`, that keeps off one exper
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from conformance.families import Config, ConfigField, Family, Recipe, llama_like
-from conformance.families.decoders import FULL, MODEST, field_case, only_in, without
+from conformance.families.decoders import (
+    FULL,
+    MODEST,
+    block_checkpoint,
+    field_case,
+    kernel_probes,
+    only_in,
+    rope_keys,
+    without,
+)
 from conformance.probes import ProbeSpec
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -24,7 +34,7 @@ _DEFAULT_EXPERTS, _DEFAULT_CHOSEN = 8, 2
 def _config(*, spelling: str | None = None, **changes: Any) -> Config:
     """A small Mixtral at its defaults, then changed; the rotary settings in both spellings unless one is asked for."""
     rope = {"rope_type": "default", "rope_theta": _DEFAULT_THETA} | changes.pop("rope", {})
-    config = {
+    return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
         "vocab_size": 61,
@@ -42,13 +52,12 @@ def _config(*, spelling: str | None = None, **changes: Any) -> Config:
         "attention_dropout": 0.1,  # only in training, like the next; the suite evaluates, so a candidate that applies
         "router_jitter_noise": 0.1,  # one of them fails
         "tie_word_embeddings": False,
-        **llama_like.rope_keys(rope),
+        **rope_keys(rope, spelling),
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": None,
         "torch_dtype": "float32",
     } | changes
-    return llama_like.in_spelling(config, spelling) if spelling else config
 
 
 # Keys that decide the maths and that a config.json may leave out; without num_key_value_heads there would be 8.
@@ -236,12 +245,13 @@ def module_probes(config: Config) -> dict[str, tuple[str, str]]:
     return llama_like.module_probes(config, feed_forward)
 
 
-def kernel_probes(config: Config) -> dict[str, tuple[str, str]]:
+def _kernel_probes(config: Config) -> dict[str, tuple[str, str]]:
     experts = {
-        "feed_forward.routing_weights": ("block_sparse_moe.weights", "routing_weights"),
-        "feed_forward.expert_outputs": ("block_sparse_moe.expert_outputs", "expert_outputs"),
+        f"layers.{layer}.feed_forward.{probe}": (f"model.layers.{layer}.block_sparse_moe.{path}", probe)
+        for layer in range(config["num_hidden_layers"])
+        for probe, path in {"routing_weights": "weights", "expert_outputs": "expert_outputs"}.items()
     }
-    return llama_like.kernel_probes(config, llama_like.ATTENTION_KERNEL | experts)
+    return kernel_probes(config) | experts
 
 
 _EQUATIONS = r"""
@@ -286,8 +296,8 @@ FAMILY = Family(
     probes=probes,
     probe_sizes=probe_sizes,
     module_probes=module_probes,
-    kernel_probes=kernel_probes,
-    block_checkpoint=llama_like.block_checkpoint,
-    library_paths={".block_sparse_moe": ".mlp"},
+    kernel_probes=_kernel_probes,
+    block_checkpoint=partial(block_checkpoint, final_norm="model.norm"),
+    oracle_class="conformance.oracles.mixtral:Mixtral",
     oracle_settings={"experts_implementation": "eager"},
 )  # fmt: skip

@@ -17,41 +17,55 @@ from torch import Tensor
 
 from conformance import bounds
 from conformance.cases import Case, Manifest, file_entries, verify_files, write_json, write_manifest
-from conformance.families import FAMILIES, Recipe, get
-from conformance.golden import decoder
+from conformance.families import FAMILIES, ComponentRecipe, Recipe, get
+from conformance.golden import component, decoder
 from conformance.golden.common import AGREEMENT, MOVEMENT, REBUILT, REBUILT_NOISE, GoldenError
 
 __all__ = ["AGREEMENT", "MOVEMENT", "REBUILT", "REBUILT_NOISE", "GoldenError", "make", "verify", "write"]
 
 Progress = Callable[[str], None]
+AnyRecipe = Recipe | ComponentRecipe
 # weight draws' label and tensor name -> the case that stores it, and the tensor
 Stored = dict[str, tuple[str, Tensor]]
 
 
-def write(recipe: Recipe, directory: Path, stored: Stored) -> None:
+def write(recipe: AnyRecipe, directory: Path, stored: Stored) -> None:
     """Derive a case and write it.  A weight that a case in `stored` holds already is referred to, not repeated.
 
     Raises: GoldenError, and nothing is written, if the case does not deserve to be a golden.
     """
-    derived = decoder.derive(recipe)
+    derived = component.derive(recipe) if isinstance(recipe, ComponentRecipe) else decoder.derive(recipe)
+    label = _weights_label(recipe)
     own, shared = {}, {}
     for name, tensor in derived.weights.items():
-        home, same = stored.get(f"{recipe.weights}/{name}", (recipe.name, None))
+        home, same = stored.get(f"{label}/{name}", (recipe.name, None))
         if same is not None and same.equal(tensor):
             shared[name] = home
         else:
             own[name] = tensor
-            stored.setdefault(f"{recipe.weights}/{name}", (recipe.name, tensor))
+            stored.setdefault(f"{label}/{name}", (recipe.name, tensor))
     target = directory / recipe.name
     target.mkdir(parents=True, exist_ok=True)
-    write_json(target / "config.json", recipe.config)
+    write_json(target / "config.json", _config(recipe))
     save_file(own, target / "model.safetensors", metadata={"format": "pt"})
     save_file(derived.inputs, target / "inputs.safetensors")
     save_file({n: t.contiguous() for n, t in derived.expected.items()}, target / "expected.safetensors")
     write_json(target / "provenance.json", {**_stated(recipe), **derived.provenance, "shared": shared})
 
 
-def _stated(recipe: Recipe) -> dict[str, Any]:
+def _config(recipe: AnyRecipe) -> dict[str, Any]:
+    """config.json; a component's says which component it is."""
+    if isinstance(recipe, ComponentRecipe):
+        return {"component": recipe.name.split("/")[0], **recipe.settings}
+    return recipe.config
+
+
+def _weights_label(recipe: AnyRecipe) -> str:
+    """Recipes with one label share every weight of equal name and shape; a component has one label."""
+    return recipe.name.split("/")[0] if isinstance(recipe, ComponentRecipe) else recipe.weights
+
+
+def _stated(recipe: AnyRecipe) -> dict[str, Any]:
     """What provenance.json says of the recipe and of the versions it was made with."""
     import transformers
 
@@ -60,9 +74,9 @@ def _stated(recipe: Recipe) -> dict[str, Any]:
         "summary": recipe.summary,
         "field": recipe.field,
         "last_rows": recipe.last_rows,
-        "weights": recipe.weights,
+        "weights": _weights_label(recipe),
         "oracle": {
-            "model": get(recipe.name.split("/")[0]).oracle,
+            "name": get(recipe.name.split("/")[0]).oracle,
             "transformers": transformers.__version__,
             "torch": torch.__version__.split("+")[0],
         },
@@ -98,7 +112,7 @@ def _order(entry: tuple[str, Any]) -> tuple[int, int]:
     return FAMILIES.index(family), names.index(name) if name in names else len(names)
 
 
-def _manifest_entry(recipe: Recipe, directory: Path) -> dict[str, Any]:
+def _manifest_entry(recipe: AnyRecipe, directory: Path) -> dict[str, Any]:
     claims = {check: list(dtypes) for check, dtypes in recipe.claims.items()}
     return {"claims": claims, "files": file_entries(directory / recipe.name)}
 

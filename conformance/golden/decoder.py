@@ -15,14 +15,21 @@ from conformance.families import Config, Family, Recipe, get
 from conformance.golden import routing
 from conformance.golden.common import AGREEMENT, MOVEMENT, Derived, GoldenError
 from conformance.implementations import reference
-from conformance.oracles.hugging_face import KERNELS, HuggingFace
+from conformance.oracles import oracle_class
 from conformance.suite.padding import padded
 
 
 def draw_weights(family: Family, recipe: Recipe) -> dict[str, Tensor]:
     """The case's weights under hub names, float32."""
     shapes = family.tensor_shapes(recipe.config)
-    return {name: draws.tensor(recipe.weights, name, shapes[name]) for name in sorted(shapes)}
+    return {
+        name: draws.tensor(recipe.weights, name, shapes[name], family.module_kinds) * _factor(recipe, name)
+        for name in sorted(shapes)
+    }
+
+
+def _factor(recipe: Recipe, name: str) -> float:
+    return math.prod(factor for ending, factor in recipe.scaled.items() if name.endswith(ending))
 
 
 def draw_inputs(recipe: Recipe) -> dict[str, Tensor]:
@@ -43,7 +50,7 @@ def draw_inputs(recipe: Recipe) -> dict[str, Tensor]:
         lengths = [2 * seq // 3, seq, 1, seq // 3 + 1][:batch]
         inputs |= {"lengths": torch.tensor(lengths), "padding_ids": draw("padding_ids", vocab - junk, vocab - 1)}
     if "positions" in recipe.store:
-        longest = recipe.config["max_position_embeddings"] // seq
+        longest = recipe.config[get(recipe.name.split("/")[0]).positions_key] // seq
         steps = draw("positions", 1, longest - 1)
         steps[0, :2] = torch.tensor([0, 1])
         inputs["position_ids"] = steps.cumsum(-1)
@@ -85,7 +92,7 @@ class _Derivation:
         self.weights, self.inputs = draw_weights(self.family, recipe), draw_inputs(recipe)
         self.ids = self.inputs["input_ids"]
         self.rows = slice(None) if recipe.last_rows is None else slice(-recipe.last_rows, None)
-        self.oracle = HuggingFace(self.family, recipe.config, self.weights)
+        self.oracle = oracle_class(self.family)(self.family, recipe.config, self.weights)
         self.truth = self.oracle.logits(self.ids)
         self.expected: dict[str, Tensor] = {}
         self.noise: dict[str, dict[str, dict[str, float]]] = {}
@@ -146,7 +153,7 @@ class _Derivation:
                 self._block(layer, *block)
 
     def _block(self, layer: int, config: Config, weights: dict[str, Tensor], ids: Tensor, block_input: Tensor) -> None:
-        oracle = HuggingFace(self.family, config, weights)
+        oracle = oracle_class(self.family)(self.family, config, weights)
         truth = oracle.logits(ids)
         self.agree("blocks", f"block {layer} alone", reference.logits(config, weights, ids), truth)
         self.expected |= {f"blocks.{layer}.input": block_input, f"blocks.{layer}.logits": truth}
@@ -168,7 +175,7 @@ class _Derivation:
 
     def _blocks(self, probes: dict[str, Tensor]) -> Iterator[tuple[Config, dict[str, Tensor], Tensor, Tensor]]:
         """One-layer checkpoints: (config, weights, ids, the block's input rounded to bfloat16, stored as float32)."""
-        for layer in range(self.config["num_hidden_layers"]):
+        for layer in range(self.config[self.family.layers_key]):
             source = probes["embedding" if layer == 0 else f"layers.{layer - 1}.output"]
             block_input = source.to(torch.bfloat16).to(torch.float32)
             config, weights = self.family.block_checkpoint(self.config, self.weights, block_input, layer)
@@ -193,14 +200,14 @@ class _Derivation:
         for label, config in self.recipe.counterfactuals.items():
             known = self.family.tensor_shapes(config)
             weights = {name: weight for name, weight in self.weights.items() if name in known}
-            wrong = HuggingFace(self.family, config, weights).logits(self.ids)
+            wrong = oracle_class(self.family)(self.family, config, weights).logits(self.ids)
             movement[label] = bounds.measure(wrong[:, self.rows], self.truth[:, self.rows]).max
             if label == f"{self.recipe.field} ignored" and movement[label] < MOVEMENT:
                 raise GoldenError(
                     f"{self.recipe.name}: ignoring {self.recipe.field} moves the logits by {movement[label]:.1e} only; "
                     f"a field case needs {MOVEMENT:g}; choose a value further from the default"
                 )
-            self.expected[f"counterfactual.{label}"] = wrong[:, self.rows]
+            self.expected[f"counterfactual.{label}.logits"] = wrong[:, self.rows]
         return movement
 
 
@@ -220,8 +227,8 @@ def measure_noise(
     noise = {}
     for name in dtypes:
         errors = []
-        for kernel in KERNELS:
-            model = HuggingFace(family, config, weights, dtype=getattr(torch, name), attention=kernel)
+        for kernel in family.oracle_kernels:
+            model = oracle_class(family)(family, config, weights, dtype=getattr(torch, name), attention=kernel)
             errors.append(bounds.measure(model.logits(ids)[:, rows], truth[:, rows]))
             if kernel == "eager" and len(ids) > 1:
                 alone = torch.cat([model.logits(row[None]) for row in ids])

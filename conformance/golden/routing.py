@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conformance.bounds import MAX_RATIO
 from conformance.golden.common import GoldenError
-from conformance.oracles.hugging_face import KERNELS, HuggingFace
+from conformance.oracles import oracle_class
 
 if TYPE_CHECKING:
     from conformance.families import Config, Family
@@ -57,8 +57,8 @@ def require_margins(
     errors: dict[str, dict[str, float]] = {}
     for dtype in dtypes if found else ():
         errors[dtype] = dict.fromkeys(found, 0.0)
-        for kernel in KERNELS:
-            oracle = HuggingFace(family, config, weights, dtype=getattr(torch, dtype), attention=kernel)
+        for kernel in family.oracle_kernels:
+            oracle = oracle_class(family)(family, config, weights, dtype=getattr(torch, dtype), attention=kernel)
             for name, logits in oracle.at_boundaries(ids, list(found)).items():
                 error = (logits - truth[name]).abs().max().item()
                 errors[dtype][name] = max(errors[dtype][name], error)

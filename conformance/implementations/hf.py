@@ -1,13 +1,15 @@
 """The installed Hugging Face transformers as a candidate, loaded from the checkpoint directory as a user loads it."""
 
 import functools
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Families whose model the installed transformers has.
-HUB_FAMILIES = frozenset({"llama", "mistral", "mixtral"})
+# Families whose model the installed transformers has, and those of them that it has no SDPA kernel for.
+HUB_FAMILIES = frozenset({"gpt", "gpt2", "llama", "mistral", "mixtral", "phi"})
+EAGER_ONLY = frozenset({"gpt"})
 # model_type -> how to load it. The default kernel of experts, grouped_mm, has no float64.
 SETTINGS = {"mixtral": {"experts_implementation": "eager"}}
 
@@ -18,10 +20,9 @@ class HuggingFaceModels:
     attention: the kernel, "eager" or "sdpa".
     """
 
-    families = HUB_FAMILIES
-
     def __init__(self, attention: str):
         self.attention = attention
+        self.families = HUB_FAMILIES if attention == "eager" else HUB_FAMILIES - EAGER_ONLY
 
     @property
     def name(self) -> str:
@@ -38,11 +39,14 @@ class HuggingFaceModels:
             checkpoint.path, dtype=checkpoint.dtype, attn_implementation=self.attention,
             **SETTINGS.get(checkpoint.config["model_type"], {}),
         )  # fmt: skip
-        return Model(model.to(checkpoint.device).eval())
+        model = model.to(checkpoint.device).eval()
+        # GPT would take a cache and ignore it
+        has_cache = "past_key_values" in inspect.signature(model.forward).parameters
+        return CachingModel(model) if has_cache else Model(model)
 
 
 class Model(torch.nn.Module):
-    """Calls without a cache, and opens sessions with one."""
+    """Calls without a cache."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -61,6 +65,10 @@ class Model(torch.nn.Module):
         return self.model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, labels=labels, use_cache=False
         )
+
+
+class CachingModel(Model):
+    """Opens sessions with a cache too."""
 
     def session(self) -> "Session":
         return Session(self.model)

@@ -1,16 +1,19 @@
 """`reference_impl` as a candidate, and as the supplier of probes that a golden does not store."""
 
+import inspect
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from conformance.families import FAMILIES
+from conformance.component import flat
+from conformance.families import FAMILIES, get
 from conformance.oracles.true_double import TrueDouble
 from conformance.probes import at_module_boundaries, canonical
 
 if TYPE_CHECKING:
-    from conformance.families import Config, Family
+    from conformance.families import Component, Config, Family
 
 
 class Reference:
@@ -25,12 +28,17 @@ class Reference:
         self.attention = attention
         self.name = f"reference_impl, {attention}"
 
-    def load(self, checkpoint: Any) -> "Model":
+    def load(self, checkpoint: Any) -> Any:
         from reference_impl.checkpoint import load_model
 
+        if name := checkpoint.config.get("component"):
+            return self._component(name, checkpoint)
         return Model(
             load_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device, attention=self.attention)
         )
+
+    def _component(self, name: str, checkpoint: Any) -> Any:
+        return lambda **arguments: component(get(name), arguments, checkpoint.config)
 
 
 class Model:
@@ -57,7 +65,10 @@ def build(config: "Config", weights: dict[str, Tensor]) -> torch.nn.Module:
     """The reference model with these weights, in float64, written-out attention."""
     from conformance.implementation import Checkpoint
 
-    return Reference("eager").load(Checkpoint(config, weights, torch.float64, torch.device("cpu"))).model
+    model: torch.nn.Module = (
+        Reference("eager").load(Checkpoint(config, weights, torch.float64, torch.device("cpu"))).model
+    )
+    return model
 
 
 def logits(
@@ -90,6 +101,19 @@ def loss_and_gradients(
         loss = next_token_loss(model(input_ids), input_ids)
         loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def component(family: "Component", tensors: dict[str, Tensor], settings: "Config") -> dict[str, Tensor]:
+    """The returns of the reference's function for a component, by name, in the dtype of the tensors."""
+    module, _, function = family.reference.partition(":")
+    found = getattr(import_module(module), function)
+    arguments = {**settings, **tensors}
+    declared = inspect.signature(found).parameters
+    returned = found(**{name: value for name, value in arguments.items() if name in declared})
+    if isinstance(returned, dict):
+        return returned
+    names = [value.name for value in family.returns if not value.optional]
+    return dict(zip(names, flat(returned), strict=True))
 
 
 IMPLEMENTATIONS = {"reference": Reference("eager"), "reference-sdpa": Reference("sdpa")}

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from conformance.worker import Died
 
 SCHEMA = "conformance.run/1"
+# The checks that the field matrix is read off.
+FORWARD = ("golden.logits", "component.outputs")
 OUTCOMES = ("pass", "fail", "error", "timeout", "crash", "unsupported", "skipped")
 
 
@@ -88,16 +90,16 @@ def executed(results: list[dict[str, Any]]) -> int:
 def field_matrix(results: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """Field case -> field and verdict: honoured, ignored, refused, or wrong.
 
-    Read off `golden.logits` in the finest dtype that ran.  *ignored*: the values are those of a counterfactual, a
-    configuration in which the field was not (or not rightly) read.  *refused*: declared unsupported, or an exception
-    while loading.  *wrong*: anything else that is not right.
+    Read off `golden.logits` or `component.outputs` in the finest dtype that ran.  *ignored*: the values are those of a
+    counterfactual, a configuration in which the field was not (or not rightly) read.  *refused*: declared unsupported,
+    or an exception while loading.  *wrong*: anything else that is not right.
     """
     from conformance.families import get
 
     rows: dict[str, dict[str, str]] = {}
     for family in dict.fromkeys(r["case"].split("/")[0] for r in results):
         for recipe in get(family).recipes:
-            logits = [r for r in results if r["case"] == recipe.name and r["check"] == "golden.logits"]
+            logits = [r for r in results if r["case"] == recipe.name and r["check"] in FORWARD]
             logits = [r for r in logits if r["outcome"] != "skipped"]  # says nothing about the field
             if recipe.field is None or not logits:
                 continue

@@ -160,6 +160,6 @@ def fields_table(run: dict[str, Any]) -> Table:
     shown.add_column("")
     shown.add_column("")
     for case, row in run["fields"].items():
-        name = case.partition("/field-")[2]
+        name = case.partition("/field-")[2] or f"{case} ({row['field']})"
         shown.add_row(name, Text(row["verdict"], style=_VERDICT_STYLE[row["verdict"]]), Text(row["detail"]))
     return shown

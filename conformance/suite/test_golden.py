@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 def test_logits(judge: "Judge") -> None:
     """The logits of one full forward over a batch without padding equal the oracle's."""
     logits = judge.logits(judge.case.inputs["input_ids"])
-    judge.compare(logits[:, judge.case.rows], judge.case.expected["logits"], known_mistakes=judge.case.counterfactuals)
+    judge.compare(
+        logits[:, judge.case.rows], judge.case.expected["logits"], known_mistakes=judge.case.counterfactuals()
+    )
 
 
 def test_left_padding(judge: "Judge") -> None:

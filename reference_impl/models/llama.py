@@ -161,11 +161,7 @@ class LlamaModel(nn.Module):
         real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
         if cache is not None:
             real = cache.extended(real)  # (B, S)
-        if position_ids is None:
-            position_ids = masks.positions(real, num_queries=seq)  # (B, T)
-        elif position_ids.shape not in (input_ids.shape, (1, seq)):
-            shapes = f"{tuple(position_ids.shape)} and input_ids {tuple(input_ids.shape)}"
-            raise ValueError(f"position_ids has shape {shapes}: give one position a token, or one row for all")
+        position_ids = masks.resolve_positions(position_ids, input_ids, real)  # (B or 1, T)
         mask = masks.visible_keys(real, num_queries=seq)  # (B, 1, T, S)
 
         x: Tensor = self.embed_tokens(input_ids)  # (B, T, hidden)

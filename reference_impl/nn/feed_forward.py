@@ -1,9 +1,11 @@
-"""The gated feed-forward block (SwiGLU and its relatives) and the activations that config.json can name."""
+"""The feed-forward block, gated (SwiGLU and its relatives) or plain, and the activations that config.json can name."""
 
 from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from reference_impl.nn.conv1d import Conv1D
 
 # hidden_act → its module. Φ is the normal distribution function.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -55,4 +57,44 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
         output: Tensor = self.down_proj(gate(self.gate_proj(x), self.up_proj(x), self.act_fn))
+        return output
+
+
+class BiasedFeedForward(nn.Module):
+    """One projection up, an activation, and one projection down, both with a bias (Phi).
+
+        y = act(x W₁ + b₁) W₂ + b₂
+
+    Vaswani et al. 2017 (arXiv:1706.03762), equation 2, where act is ReLU: W₁, b₁ → fc1, W₂, b₂ → fc2. Arithmetic is in
+    the dtype of `x`.
+    """
+
+    def __init__(self, *, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.activation_fn = activation(hidden_act)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+        output: Tensor = self.fc2(self.activation_fn(self.fc1(x)))
+        return output
+
+
+class Conv1DFeedForward(nn.Module):
+    """One projection up, an activation, and one projection down, stored (in, out) as in GPT, GPT-2 and GPT-3.
+
+        y = act(x W₁ + b₁) W₂ + b₂
+
+    Vaswani et al. 2017 (arXiv:1706.03762), equation 2, there with max(0, ·): W₁, b₁ → c_fc, W₂, b₂ → c_proj.
+    Arithmetic is in the dtype of `x`.
+    """
+
+    def __init__(self, *, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+        super().__init__()
+        self.c_fc = Conv1D(in_features=hidden_size, out_features=intermediate_size)
+        self.c_proj = Conv1D(in_features=intermediate_size, out_features=hidden_size)
+        self.act = activation(hidden_act)
+
+    def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+        output: Tensor = self.c_proj(self.act(self.c_fc(x)))
         return output

@@ -41,6 +41,25 @@ def positions(real: Bool[Tensor, "batch keys"], *, num_queries: int) -> Int[Tens
     return all_positions[:, real.shape[1] - num_queries :]  # (B, T)
 
 
+def resolve_positions(
+    position_ids: Int[Tensor, "#batch #seq"] | None,
+    input_ids: Int[Tensor, "batch seq"],
+    real: Bool[Tensor, "batch keys"],
+) -> Int[Tensor, "#batch seq"]:
+    """The given positions of `input_ids`, which are the last tokens of `real`; by default those of `positions`.
+
+    Raises:
+        ValueError: the given positions have neither the shape of `input_ids` nor that of one row for all.
+    """
+    seq = input_ids.shape[1]
+    if position_ids is None:
+        return positions(real, num_queries=seq)
+    if position_ids.shape not in (input_ids.shape, (1, seq)):
+        shapes = f"{tuple(position_ids.shape)} and input_ids {tuple(input_ids.shape)}"
+        raise ValueError(f"position_ids has shape {shapes}: give one position a token, or one row for all")
+    return position_ids
+
+
 def causal(num_queries: int, num_keys: int, device: torch.device | None = None) -> Bool[Tensor, "queries keys"]:
     """The queries are the last tokens of the sequence; each sees itself and all before it.
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -224,19 +225,25 @@ def test_last_words_of_a_hang_are_kept(judged: Judged) -> None:
     assert judged("Sleeps", timeout=3)["details"] == ["going to sleep"]
 
 
-def test_processes_of_a_hung_candidate_are_ended_with_it(judged: Judged) -> None:
-    said = judged("SleepsWithChild", timeout=3)["details"][-1]
+@pytest.mark.parametrize(("fake", "timeout"), [("SleepsWithChild", 3), ("DiesLeavingChild", TIMEOUT)])
+def test_processes_that_a_dead_candidate_started_are_ended(judged: Judged, fake: str, timeout: float) -> None:
+    said = judged(fake, timeout=timeout)["details"][-1]
     assert re.fullmatch(r"child \d+", said)
     assert _ended(int(said.split()[1]))
 
 
 def _ended(pid: int) -> bool:
-    """Whether a process is gone (or waits, dead, for init to take notice)."""
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return True
+    """Whether a process is gone within some seconds (or waits, dead, for init to take notice)."""
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 # --- declarations ----------------------------------------------------------------------------------------------------

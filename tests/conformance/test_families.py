@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from conformance.families import FAMILIES, Recipe, get
+from conformance.families import MODELS, Recipe, get
 from conformance.golden.decoder import draw_inputs, draw_weights
 from conformance.probes import VOCABULARY
 from conformance.suite import checks
@@ -481,7 +481,7 @@ def test_block_input_with_more_tokens_than_the_vocabulary_is_refused_with_both_n
 # --- the registry ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_family_is_found_by_its_name(name: str) -> None:
     assert get(name).name == name
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from conformance import draws, families, golden
 from conformance.cases import Case, FixtureError, Manifest, file_entries, write_manifest
-from conformance.families import Recipe, llama
+from conformance.families import FAMILIES, Recipe, get, llama
 from conformance.oracles.hugging_face import HuggingFace
 
 CONFIG = {
@@ -137,7 +137,7 @@ def test_block_inputs_are_exact_in_bfloat16(goldens: Path) -> None:
 
 def test_provenance_says_how_far_ignoring_the_field_moves_the_logits(goldens: Path) -> None:
     case = Case("llama/field-mlp_bias", Manifest(goldens))
-    wrong, right = case.expected["counterfactual.mlp_bias ignored"], case.expected["logits"]
+    wrong, right = case.expected["counterfactual.mlp_bias ignored.logits"], case.expected["logits"]
     moved = ((wrong - right).abs().max() / right.abs().max()).item()
     assert case.provenance["movement"] == {"mlp_bias ignored": pytest.approx(moved, rel=1e-12)}
     assert moved > 1e-3
@@ -295,7 +295,7 @@ def test_disagreement_at_one_gradient_is_refused_by_its_name(monkeypatch: pytest
         return loss, gradients
 
     monkeypatch.setattr(golden.decoder.reference, "loss_and_gradients", loss_and_gradients)
-    assert "at model.norm.weight, wanted 1e-12" in refusal(SMALL, monkeypatch, tmp_path)
+    assert "at the gradient of model.norm.weight, wanted 1e-12" in refusal(SMALL, monkeypatch, tmp_path)
 
 
 def test_gradient_on_one_side_only_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -403,9 +403,9 @@ def test_expected_value_too_many_is_named(goldens: Path) -> None:
 
 def test_counterfactual_is_verified_too(goldens: Path) -> None:
     path = goldens / "llama/field-mlp_bias/expected.safetensors"
-    edit_tensors(path, shift("counterfactual.mlp_bias ignored", 1e-12))
+    edit_tensors(path, shift("counterfactual.mlp_bias ignored.logits", 1e-12))
     assert verified(goldens) == [
-        "llama/field-mlp_bias: counterfactual.mlp_bias ignored rebuilt differs by 1.0e-12, wanted 1e-13"
+        "llama/field-mlp_bias: counterfactual.mlp_bias ignored.logits rebuilt differs by 1.0e-12, wanted 1e-13"
     ]
 
 
@@ -514,4 +514,53 @@ def test_shipped_case_verifies_on_this_machine(monkeypatch: pytest.MonkeyPatch, 
 
 def test_shipped_manifest_has_the_recipes_cases_and_claims() -> None:
     claims = {name: entry["claims"] for name, entry in Manifest().cases.items()}
-    assert claims == {r.name: {check: list(dtypes) for check, dtypes in r.claims.items()} for r in llama.FAMILY.recipes}
+    assert claims == {
+        r.name: {check: list(dtypes) for check, dtypes in r.claims.items()} for f in FAMILIES for r in get(f).recipes
+    }
+
+
+def test_disagreement_at_explicit_positions_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An oracle that is fooled by positions that jump is not believed."""
+    real = HuggingFace.logits
+
+    def logits(
+        self: HuggingFace, ids: Tensor, mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        return real(self, ids, mask, None if position_ids is None else position_ids.clamp(max=3))
+
+    monkeypatch.setattr(HuggingFace, "logits", logits)
+    positions = dataclasses.replace(SMALL, store=SMALL.store | {"positions"})
+    assert "at positions.logits, wanted 1e-12" in refusal(positions, monkeypatch, tmp_path)
+
+
+def test_disagreement_of_a_block_alone_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = HuggingFace.logits
+
+    def logits(self: HuggingFace, ids: Tensor, *args: Any) -> Tensor:
+        return real(self, ids, *args) * (1 + 1e-9 * (self.config["num_hidden_layers"] == 1))
+
+    monkeypatch.setattr(HuggingFace, "logits", logits)
+    assert "at block 0 alone, wanted 1e-12" in refusal(SMALL, monkeypatch, tmp_path)
+
+
+def test_provenance_that_says_something_else_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, SMALL)
+    golden.make(["llama"], tmp_path)
+    path = tmp_path / "llama/small/provenance.json"
+    path.write_text(path.read_text().replace("a tiny Llama", "a large Llama"))
+    cases = Manifest(tmp_path).cases
+    cases["llama/small"]["files"] = file_entries(path.parent)
+    write_manifest(tmp_path, cases)
+    assert golden.verify(["llama"], tmp_path) == [
+        "llama/small: provenance says summary 'a large Llama', not 'a tiny Llama'"
+    ]
+
+
+def test_a_case_without_a_recipe_is_named_and_then_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, SMALL, BIAS)
+    golden.make(["llama"], tmp_path)
+    use(monkeypatch, SMALL)
+    assert golden.verify(["llama"], tmp_path) == ["llama/field-mlp_bias: in the manifest, but no recipe makes it"]
+    golden.make(["llama"], tmp_path)
+    assert not (tmp_path / "llama/field-mlp_bias").exists()
+    assert golden.verify(["llama"], tmp_path) == []

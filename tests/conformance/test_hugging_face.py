@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from candidates import LAYOUTS
 from conformance.bounds import measure
 from conformance.families import Recipe, get
 from conformance.golden.decoder import draw_inputs, draw_weights
 from conformance.oracles.true_double import TrueDouble
 from conformance.probes import at_module_boundaries
-from tests.candidates import LAYOUTS
 
 transformers = pytest.importorskip("transformers")
 
@@ -241,20 +241,20 @@ def test_weights_and_ids_are_not_touched() -> None:
 def test_missing_weight_is_refused_by_name() -> None:
     weights = draw_weights(FAMILY, DISTINCT)
     del weights["model.layers.1.mlp.up_proj.bias"]
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM misses \['model.layers.1.mlp.up_proj.bias'\]"):
+    with pytest.raises(ValueError, match=r"'missing_keys': \['model.layers.1.mlp.up_proj.bias'\]"):
         HuggingFace(FAMILY, DISTINCT.config, weights)
 
 
 def test_weight_that_the_architecture_does_not_have_is_refused_by_name() -> None:
     weights = draw_weights(FAMILY, DISTINCT) | {"model.layers.0.self_attn.q_norm.weight": torch.ones(10)}
-    with pytest.raises(ValueError, match=r"does not want \['model.layers.0.self_attn.q_norm.weight'\]"):
+    with pytest.raises(ValueError, match=r"'unexpected_keys': \['model.layers.0.self_attn.q_norm.weight'\]"):
         HuggingFace(FAMILY, DISTINCT.config, weights)
 
 
 def test_missing_head_is_refused_unless_it_is_tied() -> None:
     weights = draw_weights(FAMILY, DISTINCT)
     del weights["lm_head.weight"]
-    with pytest.raises(ValueError, match=r"misses \['lm_head.weight'\]"):
+    with pytest.raises(ValueError, match=r"'missing_keys': \['lm_head.weight'\]"):
         HuggingFace(FAMILY, DISTINCT.config, weights)
 
 

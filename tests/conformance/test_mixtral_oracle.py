@@ -14,7 +14,7 @@ from conformance.oracles.true_double import TrueDouble
 transformers = pytest.importorskip("transformers")
 
 from conformance.implementations.hf import HuggingFaceModels  # noqa: E402
-from conformance.oracles.hugging_face import HuggingFace  # noqa: E402
+from conformance.oracles.mixtral import Mixtral  # noqa: E402
 
 FAMILY = get("mixtral")
 RECIPES = {recipe.name: recipe for recipe in FAMILY.recipes}
@@ -22,8 +22,8 @@ DISTINCT, ELEVEN = RECIPES["mixtral/distinct"], RECIPES["mixtral/eleven-experts"
 WEIGHTS, IDS = draw_weights(FAMILY, DISTINCT), draw_inputs(DISTINCT)["input_ids"]
 
 
-def oracle() -> HuggingFace:
-    return HuggingFace(FAMILY, DISTINCT.config, WEIGHTS)
+def oracle() -> Mixtral:
+    return Mixtral(FAMILY, DISTINCT.config, WEIGHTS)
 
 
 def close(got: Tensor, wanted: Tensor) -> None:
@@ -55,14 +55,14 @@ def test_probes_of_the_experts_follow_from_each_other() -> None:
 def test_gradients_have_hub_names_and_shapes_in_the_order_of_numbers() -> None:
     """With eleven experts, 10 would come before 2 among strings: expert by expert, they equal finite differences."""
     weights, ids = draw_weights(FAMILY, ELEVEN), draw_inputs(ELEVEN)["input_ids"]
-    loss, gradients = HuggingFace(FAMILY, ELEVEN.config, weights).loss_and_gradients(ids)
+    loss, gradients = Mixtral(FAMILY, ELEVEN.config, weights).loss_and_gradients(ids)
     assert {name: tuple(g.shape) for name, g in gradients.items()} == FAMILY.tensor_shapes(ELEVEN.config)
     step = 2.0**-12
     for number in (2, 10):
         for matrix in ("w1", "w2", "w3"):
             name = f"model.layers.1.block_sparse_moe.experts.{number}.{matrix}.weight"
             moved = weights | {name: (weights[name].double() + step * gradients[name])}
-            changed, _ = HuggingFace(FAMILY, ELEVEN.config, moved).loss_and_gradients(ids)
+            changed, _ = Mixtral(FAMILY, ELEVEN.config, moved).loss_and_gradients(ids)
             expected = step * gradients[name].square().sum()
             assert (changed - loss).item() == pytest.approx(expected.item(), rel=1e-2)
 

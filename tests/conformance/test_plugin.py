@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from conformance.report.model import read_run
 from conformance.worker import Died
 
 FAKES = Path(__file__).parents[1] / "fakes.py"
-CASE = "llama/plain"
+CASE, OTHER = "llama/plain", "llama/mha"
 Done = subprocess.CompletedProcess
 
 
@@ -46,9 +46,11 @@ def fake(name: str, *options: str) -> tuple[str, ...]:
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     # right implementations
-    "pass": suite("reference", "--conformance-save", "run.json"),
-    "pass, two processes": suite("reference", "-n", "2", "--conformance-save", "run.json"),
-    "cli": ("conformance", "run", "reference", "--case", CASE, "--save", "run.json", "-n", "2"),
+    "pass": suite("reference", "--conformance-case", OTHER, "--conformance-save", "run.json"),
+    "pass, two processes": suite(
+        "reference", "--conformance-case", OTHER, "--conformance-save", "run.json", "-n", "2", "-v"
+    ),
+    "cli": ("conformance", "run", "reference", "--case", CASE, "--save", "run.json"),
     "-k": ("conformance", "run", "reference", "--case", CASE, "--save", "run.json", "-k", "logits and float32"),
     "one dtype supported": fake("OnlyFloat16"),
     # failing ones
@@ -56,7 +58,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "fail, pytest": suite(
         f"{FAKES}:Zeros", "--conformance-check", "golden.logits", "--conformance-check", "cache", "-rs"
     ),
-    "some fail": fake("CrashesInPadding", "--check", "golden.logits", "--check", "golden.left_padding"),
+    "some fail": fake("CrashesInPadding", "--check", "golden.logits", "--check", "golden.left_padding", "-n", "2"),
     "fail, -x": fake("Zeros", "--check", "golden.logits", "-x"),
     "fail, -x, two processes": fake("Zeros", "--check", "golden.logits", "-x", "-n", "2"),
     "hang": fake("HangsInPadding", "--check", "golden", "--timeout", "2"),
@@ -70,7 +72,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "import lacks a package": ("conformance", "run", "lacks.py:X"),
     "no such family declared": fake("NoSuchFamily"),
     "no family declared": fake("NoFamily"),
-    "runner killed": fake("KillsTheRunner", "--check", "golden.logits", "-n", "1"),
+    "runner killed": fake("KillsTheRunner", "--case", OTHER, "--check", "golden.logits", "-n", "2"),
 }
 # Each of these is refused before the implementation is even imported.
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
@@ -134,8 +136,8 @@ def saved(ran: Callable[[str], Done], directory: Callable[[str], Path]) -> Calla
     return saved
 
 
-def claims_of_case() -> int:
-    return sum(claim.case == CASE for claim in Manifest().claims())
+def number_of_claims(*cases: str) -> int:
+    return sum(claim.case in cases for claim in Manifest().claims())
 
 
 # --- exit status -----------------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ def fixtures(tmp_path: Path) -> Path:
     copy = tmp_path / "fixtures"
     shutil.copytree(fixtures_directory() / CASE, copy / CASE)
     entry = Manifest().cases[CASE]
-    write_json(copy / "MANIFEST.json", {"format": 1, "claims": claims_of_case(), "cases": {CASE: entry}})
+    write_json(copy / "MANIFEST.json", {"format": 1, "claims": number_of_claims(CASE), "cases": {CASE: entry}})
     return copy
 
 
@@ -252,7 +254,7 @@ def test_missing_manifest_is_saved_as_the_problem(tmp_path: Path) -> None:
 
 def test_all_claims_of_the_case_are_judged(saved: Callable[[str], dict[str, Any]]) -> None:
     counts = saved("cli")["counts"]
-    assert (counts["selected"], counts["executed"], counts["pass"]) == (claims_of_case(),) * 3
+    assert (counts["selected"], counts["executed"], counts["pass"]) == (number_of_claims(CASE),) * 3
 
 
 def test_two_processes_judge_the_same_claims_as_one(saved: Callable[[str], dict[str, Any]]) -> None:
@@ -262,25 +264,40 @@ def test_two_processes_judge_the_same_claims_as_one(saved: Callable[[str], dict[
     assert one["counts"] == two["counts"]
 
 
-@pytest.mark.parametrize("name", ["pass", "pass, two processes", "cli"])
-def test_executed_and_selected_claims_are_printed(ran: Callable[[str], Done], name: str) -> None:
-    total = claims_of_case()
+def test_claims_of_a_case_stay_in_one_of_two_processes(ran: Callable[[str], Done]) -> None:
+    where = set(re.findall(r"^\[(gw\d)\].* PASSED .*\[(.+)-\w+\]", ran("pass, two processes").stdout, re.MULTILINE))
+    assert sorted(case for _, case in where) == [OTHER, CASE]
+
+
+@pytest.mark.parametrize("name", ["pass", "pass, two processes"])
+def test_pytest_prints_executed_and_selected_claims(ran: Callable[[str], Done], name: str) -> None:
+    total = number_of_claims(CASE, OTHER)
     assert f"{total} of {total} claims executed: {total} pass" in ran(name).stdout
+
+
+def test_command_prints_executed_and_selected_claims(ran: Callable[[str], Done]) -> None:
+    total = number_of_claims(CASE)
+    assert f"{total} of {total} claims executed: {total} pass" in ran("cli").stdout
 
 
 def test_unsupported_claims_are_not_counted_as_executed(saved: Callable[[str], dict[str, Any]]) -> None:
     counts = saved("one dtype supported")["counts"]
-    assert (counts["executed"], counts["pass"], counts["unsupported"]) == (1, 1, claims_of_case() - 1)
+    assert (counts["executed"], counts["pass"], counts["unsupported"]) == (1, 1, number_of_claims(CASE) - 1)
 
 
 def test_everything_unsupported_is_zero_of_the_claims(ran: Callable[[str], Done]) -> None:
-    total = claims_of_case()
-    assert f"0 of {total} claims executed: {total} unsupported" in ran("nothing supported").stdout
+    total = number_of_claims(CASE)
+    assert f"0 of {total} claims executed: {total} unsupported\nnothing was executed" in ran("nothing supported").stdout
 
 
-def test_killed_runner_leaves_its_claim_without_outcome(saved: Callable[[str], dict[str, Any]]) -> None:
+def test_killed_runner_leaves_claims_without_outcome(saved: Callable[[str], dict[str, Any]]) -> None:
     counts = saved("runner killed")["counts"]
-    assert (counts["selected"], counts["executed"], counts["pass"]) == (4, 3, 3)
+    assert counts["selected"] == 8
+    assert counts["executed"] == counts["pass"] < 8
+
+
+def test_claims_without_outcome_are_said(ran: Callable[[str], Done]) -> None:
+    assert re.search(r"^[1-8] of 8 claims have no outcome: ", ran("runner killed").stdout, re.MULTILINE)
 
 
 # --- hangs -----------------------------------------------------------------------------------------------------------
@@ -293,6 +310,11 @@ def outcomes(run: dict[str, Any]) -> dict[str, int]:
 def test_after_three_timeouts_in_a_row_the_rest_of_the_case_is_skipped(saved: Callable[[str], dict[str, Any]]) -> None:
     run = saved("hang")
     assert outcomes(run) == {"pass": 4, "timeout": 3, "skipped": run["counts"]["selected"] - 7}
+
+
+def test_skipped_claims_are_printed_with_their_reason(ran: Callable[[str], Done]) -> None:
+    reason = "not run: 3 claims of this case in a row were timeouts"
+    assert re.search(rf"^\d+ skipped: {reason}$", ran("hang").stdout, re.MULTILINE)
 
 
 def test_skipped_claims_are_not_counted_as_executed(saved: Callable[[str], dict[str, Any]]) -> None:
@@ -417,8 +439,15 @@ def test_x_stops_at_the_first_failure(saved: Callable[[str], dict[str, Any]], na
 
 def test_lf_judges_only_what_failed(ran: Callable[[str], Done], directory: Callable[[str], Path]) -> None:
     ran("some fail")
-    execute(*COMMANDS["some fail"], "--save", "again.json", "--lf", cwd=directory("some fail"))
+    command = [option for option in COMMANDS["some fail"] if option not in ("-n", "2")]
+    execute(*command, "--save", "again.json", "--lf", cwd=directory("some fail"))
     assert outcomes(read_run(directory("some fail") / "again.json")) == {"crash": 2}
+
+
+def test_command_does_not_take_options_from_the_environment(tmp_path: Path) -> None:
+    command = ("conformance", "run", "reference", "--case", CASE, "--check", "golden.logits", "--save", "run.json")
+    execute(*command, cwd=tmp_path, PYTEST_ADDOPTS="-k float32")
+    assert read_run(tmp_path / "run.json")["counts"]["executed"] == 4
 
 
 # --- the plugin in other people's runs -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from conformance.golden.decoder import draw_inputs, draw_weights
 
 pytest.importorskip("transformers")
 
-from conformance.oracles.hugging_face import HuggingFace
+from conformance.oracles.mixtral import Mixtral
 
 MIXTRAL = get("mixtral")
 RECIPES = {recipe.name: recipe for recipe in MIXTRAL.recipes}
@@ -20,7 +20,7 @@ ROUTERS = ["layers.0.feed_forward.router_logits", "layers.1.feed_forward.router_
 
 def require(recipe: Recipe, *dtypes: str) -> dict[str, dict[str, object]]:
     weights, ids = draw_weights(MIXTRAL, recipe), draw_inputs(recipe)["input_ids"]
-    truth = HuggingFace(MIXTRAL, recipe.config, weights).probes(ids)
+    truth = Mixtral(MIXTRAL, recipe.config, weights).probes(ids)
     return routing.require_margins(recipe.name, MIXTRAL, recipe.config, weights, ids, truth, dtypes)
 
 

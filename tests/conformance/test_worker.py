@@ -185,33 +185,34 @@ def test_closed_worker_leaves_no_file(closed: tuple[list[int], Path]) -> None:
     assert not closed[1].exists()
 
 
-@pytest.mark.parametrize("doing", ["idle", "busy"])
-def test_killed_parent_leaves_no_process(doing: str) -> None:
-    process, pids, scratch = parent(doing)
-    if doing == "busy":
+@pytest.fixture(scope="module", params=["idle", "busy"])
+def killed(request: pytest.FixtureRequest) -> tuple[list[int], Path]:
+    """Zygote, child and scratch directory of a parent that was killed."""
+    process, pids, scratch = parent(request.param)
+    if request.param == "busy":
         time.sleep(1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert [ended(pid) for pid in pids] == [True, True]
-    for checkpoint in scratch.iterdir():  # a parent that is killed cannot clean up
-        for file in checkpoint.iterdir():
-            file.unlink()
-        checkpoint.rmdir()
-    scratch.rmdir()
+    return pids, scratch
+
+
+def test_killed_parent_leaves_no_process(killed: tuple[list[int], Path]) -> None:
+    assert [ended(pid) for pid in killed[0]] == [True, True]
+
+
+def test_killed_parent_leaves_no_file(killed: tuple[list[int], Path]) -> None:
+    assert ended(killed[0][0])
+    assert not killed[1].exists()
 
 
 def test_zygote_outlives_the_keyboard_interrupt_that_its_parent_handles() -> None:
     process, pids, _ = parent("idle")
     os.kill(pids[0], signal.SIGINT)
     time.sleep(0.2)
-    still_there = not ended_now(pids[0])
-    process.send_signal(signal.SIGINT)
+    still_there = Path(f"/proc/{pids[0]}").exists()
+    process.kill()
     process.wait()
     assert still_there
-
-
-def ended_now(pid: int) -> bool:
-    return not Path(f"/proc/{pid}").exists()
 
 
 def test_close_of_a_worker_that_never_started_does_nothing() -> None:

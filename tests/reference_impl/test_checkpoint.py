@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from reference_impl import checkpoint
 from reference_impl.checkpoint import CheckpointError, load_config, load_model, load_weights, save_model
+from reference_impl.models.gpt2 import GPT2, GPT2Config
 from reference_impl.models.llama import Llama, LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -178,6 +179,33 @@ def test_stored_rotary_frequencies_are_ignored(saved):
     assert_same_parameters(load_model(saved), llama())
 
 
+# --- files written without the head, as OpenAI's GPT-2 is on the hub
+
+
+def gpt2_without_head(path):
+    """A small GPT-2 in the hub's layout; returns the model that was stored."""
+    model = GPT2(GPT2Config(vocab_size=13, n_positions=7, n_embd=6, n_layer=2, n_head=3))
+    save_model(model, path)
+    stored = load_file(path / SINGLE)
+    stored = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 7, 7, dtype=torch.uint8).tril() for layer in (0, 1)}
+    save_file(stored | masks, path / SINGLE)
+    return model
+
+
+def test_names_without_their_first_part_are_read_and_stored_masks_ignored(tmp_path):
+    model = gpt2_without_head(tmp_path)
+    assert_same_parameters(load_model(tmp_path), model)
+
+
+def test_a_tensor_under_both_names_is_a_fault(tmp_path):
+    gpt2_without_head(tmp_path)
+    edit(tmp_path / SINGLE, **{"transformer.ln_f.bias": torch.ones(6)})
+    assert faults_of(tmp_path, GPT2(GPT2Config(vocab_size=13, n_positions=7, n_embd=6, n_layer=2, n_head=3))) == [
+        "ln_f.bias is unexpected: shape (6,), in model.safetensors"
+    ]
+
+
 # --- faults
 
 
@@ -274,7 +302,7 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path, content, fault):
 
 def test_an_unknown_family_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(CheckpointError, match=r"model_type='bert' must be one of \['llama'"):
+    with pytest.raises(CheckpointError, match=r"model_type='bert' must be one of \['gpt2', 'gpt3', 'llama'"):
         load_model(tmp_path)
 
 

@@ -65,6 +65,68 @@ def test_each_row_of_a_batch_has_its_own_padding():
     assert torch.equal(masks.visible_keys(real, num_queries=2), expected[:, None])
 
 
+# --- positions that are given, and windows
+
+
+def test_given_positions_are_used():
+    given = torch.tensor([[7, 3]])
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    assert masks.given_positions(given, torch.ones(1, 5, dtype=torch.bool), ids) is given
+
+
+def test_one_row_of_positions_may_serve_all():
+    given = torch.tensor([[7, 3]])
+    ids = torch.zeros(4, 2, dtype=torch.long)
+    assert masks.given_positions(given, torch.ones(4, 2, dtype=torch.bool), ids) is given
+
+
+def test_absent_positions_count_real_tokens():
+    real = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool()
+    ids = torch.zeros(2, 2, dtype=torch.long)
+    assert masks.given_positions(None, real, ids).tolist() == [[1, 2], [2, 3]]
+
+
+def test_positions_of_another_shape_are_refused_with_both_shapes():
+    ids = torch.zeros(3, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"position_ids has shape \(2, 2\) and input_ids \(3, 2\)"):
+        masks.given_positions(torch.zeros(2, 2, dtype=torch.long), torch.ones(3, 2, dtype=torch.bool), ids)
+
+
+def windowed(real, *, num_queries, sliding_window):
+    """What the last queries see, as 0 and 1."""
+    return masks.visible_keys(real, num_queries=num_queries, sliding_window=sliding_window).long().tolist()
+
+
+def test_a_window_holds_that_many_keys_the_query_included():
+    assert windowed(torch.ones(1, 5, dtype=torch.bool), num_queries=5, sliding_window=2) == [
+        [
+            [
+                [1, 0, 0, 0, 0],
+                [1, 1, 0, 0, 0],
+                [0, 1, 1, 0, 0],
+                [0, 0, 1, 1, 0],
+                [0, 0, 0, 1, 1],
+            ]
+        ]
+    ]
+
+
+def test_the_window_of_the_last_queries_is_aligned_at_the_bottom_right():
+    assert windowed(torch.ones(1, 5, dtype=torch.bool), num_queries=2, sliding_window=3) == [
+        [[[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]]
+    ]
+
+
+def test_padding_inside_a_text_does_not_narrow_the_window():
+    real = torch.tensor([[1, 1, 0, 0, 1]]).bool()
+    assert windowed(real, num_queries=1, sliding_window=2) == [[[[0, 1, 0, 0, 1]]]]
+
+
+def test_left_padding_does_not_move_the_window():
+    real = torch.tensor([[0, 0, 1, 1, 1]]).bool()
+    assert windowed(real, num_queries=2, sliding_window=2) == [[[[0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]]]
+
+
 def test_a_window_counts_the_query_itself():
     real = torch.ones(1, 6).bool()
     expected = torch.tensor(

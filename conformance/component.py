@@ -1,0 +1,122 @@
+"""A candidate for a component: a plain function, called by keyword with the arguments that it declares.
+
+    def rms_norm(x, weight, eps): ...
+
+    conformance run my_norm.py:rms_norm --family rms_norm
+
+An object with `load(checkpoint)` is given the settings (`checkpoint.config`) and the weights (`checkpoint.tensors()`);
+what it returns is called with whatever it declares, the inputs alone or weights and settings as well.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from conformance.implementation import Checkpoint, Implementation, Misbehaviour, as_tensor, precision, running
+
+if TYPE_CHECKING:
+    from conformance.cases import Case
+    from conformance.families import Component
+
+COTANGENT = "cotangent."
+
+
+class ComponentCandidate:
+    """A component behind the contract: passes what is declared, names what comes back.
+
+    passed: the names of the arguments that the function declares.
+    calls: how many times the function has been called.
+    """
+
+    def __init__(self, implementation: Implementation, family: "Component", case: "Case", dtype: str, device: str):
+        self.family, self.case = family, case
+        self.dtype, self.device, self.calls = getattr(torch, dtype), torch.device(device), 0
+        if implementation.bare and not _is_load(implementation.load):
+            self.function = implementation.load
+        else:
+            checkpoint = Checkpoint(case.config, case.weights, self.dtype, self.device)
+            with precision(dtype), running("load(checkpoint)"):
+                self.function = implementation.load(checkpoint)
+        self.passed = self._declared()
+
+    def _declared(self) -> list[str]:
+        """Names of the arguments to pass.  Raises: Misbehaviour if the function wants one that the contract lacks."""
+        known = [value.name for value in self.family.arguments]
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError):
+            return known
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return known
+        wanted = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
+        foreign = [p.name for p in parameters if p.default is p.empty and p.name in set(wanted) - set(known)]
+        if foreign:
+            raise Misbehaviour(
+                "signature", f"the function wants {', '.join(foreign)}; {self.family.name} has {', '.join(known)}"
+            )
+        return [name for name in known if name in wanted]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Fresh copies of all inputs and weights that are passed, floats in the dtype under judgement."""
+        stored = {**self.case.inputs, **self.case.weights}
+        return {
+            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+            for name, tensor in stored.items()
+            if not name.startswith(COTANGENT)
+        }
+
+    def cotangents(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The fixed tensors that the returns are contracted with, for the returns that there are."""
+        stored = {n.removeprefix(COTANGENT): t for n, t in self.case.inputs.items() if n.startswith(COTANGENT)}
+        return {name: stored[name].to(self.device, self.dtype) for name in outputs if name in stored}
+
+    def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns by name, shapes and dtypes checked."""
+        self.calls += 1
+        arguments = {**self.case.config, **tensors}
+        with running(f"{self.family.name}(…)"):
+            returned = self.function(**{name: arguments[name] for name in self.passed if name in arguments})
+        return {name: self._checked(name, value) for name, value in self._named(returned).items()}
+
+    def _named(self, returned: Any) -> dict[str, Any]:
+        names = [value.name for value in self.family.returns if not value.optional]
+        known = {value.name for value in self.family.returns}
+        if isinstance(returned, Mapping):
+            if missing := [name for name in names if name not in returned]:
+                raise Misbehaviour(
+                    "type", f"a dict with {sorted(returned)} was returned; {', '.join(missing)} is missing"
+                )
+            return {name: value for name, value in returned.items() if name in known}
+        values = list(flat(returned))
+        if len(values) != len(names):
+            raise Misbehaviour("type", f"{len(values)} values were returned, wanted {len(names)}: {', '.join(names)}")
+        return dict(zip(names, values, strict=True))
+
+    def _checked(self, name: str, value: Any) -> Tensor:
+        tensor, wanted = as_tensor(value, name), tuple(self.case.expected[name].shape)
+        if tuple(tensor.shape) != wanted:
+            axes = next(v.axes for v in self.family.returns if v.name == name)
+            raise Misbehaviour("shape", f"{name} of shape {tuple(tensor.shape)}, wanted {wanted} ({axes})")
+        if not tensor.is_floating_point() or torch.finfo(tensor.dtype).eps > torch.finfo(self.dtype).eps:
+            raise Misbehaviour("dtype", f"{name} in {tensor.dtype}, wanted {self.dtype} or finer")
+        return tensor
+
+
+def _is_load(function: Any) -> bool:
+    """Whether a bare function is a `load(checkpoint)`: that is what its only argument is called."""
+    try:
+        return list(inspect.signature(function).parameters) == ["checkpoint"]
+    except (TypeError, ValueError):
+        return False
+
+
+def flat(value: Any) -> Any:
+    """The leaves of nested tuples and lists: (output, (h, c)) is three values."""
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from flat(item)
+    else:
+        yield value
