@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from conformance.cases import Case
     from conformance.families import Component
 
-COTANGENT = "cotangent."
+# Inputs that are the suite's own: what a return is contracted with, and where it is compared.
+COTANGENT, COMPARED = "cotangent.", "compared."
 
 
 class ComponentCandidate:
@@ -65,13 +66,17 @@ class ComponentCandidate:
         return {
             name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
             for name, tensor in stored.items()
-            if not name.startswith(COTANGENT)
+            if not name.startswith((COTANGENT, COMPARED))
         }
 
     def cotangents(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The fixed tensors that the returns are contracted with, for the returns that there are."""
         stored = {n.removeprefix(COTANGENT): t for n, t in self.case.inputs.items() if n.startswith(COTANGENT)}
         return {name: stored[name].to(self.device, self.dtype) for name in outputs if name in stored}
+
+    def compared(self, name: str) -> Tensor | None:
+        """Where a return is compared, True over its first axes; None: everywhere."""
+        return self.case.inputs.get(COMPARED + name)
 
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns by name, shapes and dtypes checked."""

@@ -11,7 +11,21 @@ from typing import Any
 
 from conformance.probes import ProbeSpec
 
-COMPONENTS = ("rms_norm",)
+COMPONENTS = (
+    "rms_norm",
+    "layer_norm",
+    "activations",
+    "rotary",
+    "sinusoidal_positions",
+    "learned_positions",
+    "feed_forward",
+    "swiglu",
+    "multi_head_attention",
+    "sliding_window_attention",
+    "relative_attention",
+    "sparse_moe",
+    "switch_ffn",
+)
 MODELS = ("gpt", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi")
 FAMILIES = (*COMPONENTS, *MODELS)
 
@@ -128,6 +142,8 @@ class ComponentRecipe:
     settings: numbers and words, the content of config.json.
     weights, inputs: name -> shape of a drawn float tensor; or name -> a tensor's nested list (ids, lengths, positions).
     deviation: standard deviation of the drawn inputs, by name; 1 where nothing is said.
+    compared: a return -> nested list over its first axes, 1 where it is compared; without one, everywhere.  Padding
+        whose value no contract states is left out so.
     claims, field, counterfactuals: as in Recipe (label -> settings).
     """
 
@@ -137,6 +153,7 @@ class ComponentRecipe:
     weights: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     inputs: Mapping[str, Any]
     deviation: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    compared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     claims: Mapping[str, tuple[str, ...]]
     field: str | None = None
     counterfactuals: Mapping[str, Config] = dataclasses.field(default_factory=dict)
@@ -156,7 +173,8 @@ class Component:
     oracle: what decides, for people.
     truth: all tensors by name, settings -> returns by name, in the dtype that the tensors have; called in float64
         (under TrueDouble), and in the working dtypes to measure the oracle's own error unless `exact`.
-    exact: the oracle is plain float64 loops; it has no working dtype, and the component claims float64 only.
+    exact: the oracle is plain float64 loops; it has no working dtype, and the component claims float64 only.  A single
+        case may do without working dtypes as well: its claims say so.
     reference: "module:function" of reference_impl with the same argument names.
     """
 

@@ -19,7 +19,8 @@ def test_outputs(judge: "Judge") -> None:
             raise Misbehaviour("input changed", f"the function changed its argument {name} in place")
     for name, got in outputs.items():
         known = judge.case.counterfactuals(name)
-        judge.compare(got, judge.case.expected[name], noise=name, what=name, known_mistakes=known)
+        real = judge.candidate.compared(name)
+        judge.compare(got, judge.case.expected[name], real=real, noise=name, what=name, known_mistakes=known)
 
 
 def test_gradients(judge: "Judge") -> None:
