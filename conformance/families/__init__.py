@@ -32,7 +32,7 @@ COMPONENTS = (
     "sparse_moe",
     "switch_ffn",
 )
-MODELS = ("gpt", "gpt2", "gpt3", "llama", "phi")
+MODELS = ("gpt", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi")
 FAMILIES = (*COMPONENTS, *MODELS)
 
 Config = dict[str, Any]
@@ -47,6 +47,7 @@ class Recipe:
     config: the content of config.json.
     weights: label of the weight draws; recipes with one label share every tensor of equal name and shape.
     batch, seq: shape of the token ids.
+    input_ids: the token ids themselves, where drawn ones would not do.
     claims: check -> dtypes.
     store: what the golden keeps beside logits and block outputs: "probes",
         "gradients", "blocks", "positions", "loss".
@@ -62,6 +63,7 @@ class Recipe:
     weights: str
     batch: int = 4
     seq: int = 11
+    input_ids: tuple[tuple[int, ...], ...] | None = None
     claims: Mapping[str, tuple[str, ...]]
     store: frozenset[str] = frozenset()
     last_rows: int | None = None
@@ -89,7 +91,8 @@ class Family:
     probes: config -> its probes in computational order.
     module_probes: config -> probe -> (hub module path, "input" or "output"), for probes that a module boundary shows.
     kernel_probes: config -> probe -> (path of the nn.Identity that shows it in reference_impl, its name in the
-        attention kernel: "query", "key", "scores", "weights", "context"), for probes inside the attention.
+        oracle's attention kernel, "query", "key", "scores", "weights", "context", or in its kernel of experts,
+        "routing_weights", "expert_outputs"), for probes inside these.
     block_checkpoint: config, weights, inputs of block N (batch, seq, hidden), N -> the configuration and weights of a
         one-layer checkpoint that feeds block N those inputs when it is given arange(batch · seq) as ids.
     probe_sizes: config, batch, seq -> size of every axis that the probes name.

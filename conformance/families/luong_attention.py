@@ -91,8 +91,7 @@ FAMILY = Component(
         Value(name="query", axes="batch target query", meaning="h_t, the decoder's states"),
         Value(name="memory", axes="batch source annotation", meaning="h̄_s, the encoder's states"),
         Value(name="source_mask", axes="batch source", meaning="true at real positions; absent: all are real"),
-        Value(name="score_weight", axes="rows columns", meaning="W_a; general: (query, annotation), concat: (attention, "
-              "query + annotation)"),
+        Value(name="score_weight", axes="rows columns", meaning="W_a: (query, annotation); concat: (attention, both)"),
         Value(name="score_vector", axes="attention", meaning="v_a, of concat alone"),
         Value(name="attentional_weight", axes="attentional annotation+query", meaning="W_c"),
         Value(name="score", axes=None, meaning=_SCORE.meaning),
