@@ -168,21 +168,25 @@ class Run:
             for name in dict.fromkeys(claim.case for claim in asked):
                 for source in set(Case(name, manifest).shared.values()):
                     Case(source, manifest)  # opening a case verifies its files
-        declared = self._declared(manifest, option["family"])
+        of_cases = sorted({claim.family for claim in asked}) if option["case"] else []
+        declared = self._declared(manifest, option["family"], of_cases)
         claims = [claim for claim in asked if claim.family in declared]
         if not claims:
             raise ValueError(f"no claim matches the selection and the families declared: {', '.join(sorted(declared))}")
         return claims
 
-    def _declared(self, manifest: Manifest, wanted: list[str]) -> set[str]:
-        """The families that the implementation declares; a bare function's are those that are asked for."""
+    def _declared(self, manifest: Manifest, wanted: list[str], of_cases: list[str]) -> set[str]:
+        """The families that the implementation declares; a bare function's are those that are asked for.
+
+        wanted: by name.  of_cases: by the cases that were named.
+        """
         described = self.describe()["implementation"]
         name = described["name"]
-        if described["families"] is None and not wanted:
+        if described["families"] is None and not (wanted or of_cases):
             raise ValueError(
                 f"{name} is a bare function and declares no family; say which: --family {' | '.join(manifest.families)}"
             )
-        declared = set(wanted if described["families"] is None else described["families"])
+        declared = set((wanted or of_cases) if described["families"] is None else described["families"])
         if not declared:
             raise ValueError(f"{name} declares no family; this suite has {', '.join(manifest.families)}")
         if unknown := sorted(declared - set(manifest.families)):

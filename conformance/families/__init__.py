@@ -20,6 +20,7 @@ COMPONENTS = (
     "lstmn",
     "rms_norm",
     "layer_norm",
+    "add_and_norm",
     "activations",
     "rotary",
     "sinusoidal_positions",
@@ -146,7 +147,8 @@ class ComponentRecipe:
     """How one case of a component is made.
 
     settings: numbers and words, the content of config.json.
-    weights, inputs: name -> shape of a drawn float tensor; or name -> a tensor's nested list (ids, lengths, positions).
+    weights, inputs: name -> shape of a drawn float tensor; or name -> a tensor's nested list (ids, lengths, positions,
+        biases of zero).
     deviation: standard deviation of the drawn inputs, by name; 1 where nothing is said.
     compared: a return -> nested list over its first axes, 1 where it is compared; without one, everywhere.  Padding
         whose value no contract states is left out so.
@@ -156,7 +158,7 @@ class ComponentRecipe:
     name: str
     summary: str
     settings: Config
-    weights: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    weights: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     inputs: Mapping[str, Any]
     deviation: Mapping[str, float] = dataclasses.field(default_factory=dict)
     compared: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -4,6 +4,7 @@ Oracle: `torch.nn.functional.multi_head_attention_forward`; for what it lacks (s
 width, queries that see nothing), `torch.nn.functional.linear` and `scaled_dot_product_attention`.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 _RIGHT = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
 _LEFT = [row[::-1] for row in _RIGHT]
 _CROSS = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
+# One input for queries, keys and values, exact in bfloat16; no two tokens are alike.
+_SELF = [[[((5 * b + 7 * t * t + 3 * i * (i + t)) % 13 - 6) / 4 for i in range(6)] for t in range(4)] for b in range(3)]
+_NO_OUT = "out_proj ignored"
 _OUTPUTS: Claims = {"component.outputs": ALL["component.outputs"]}
 _DOUBLE: Claims = {"component.outputs": ("float64",)}
 
@@ -23,6 +27,9 @@ def truth(tensors: "dict[str, Tensor]", settings: Config) -> "dict[str, Tensor]"
     import torch
     import torch.nn.functional as F
 
+    if settings.get("mistake") == _NO_OUT:
+        weight, bias = tensors["out_proj_weight"], tensors["out_proj_bias"]
+        tensors = tensors | {"out_proj_weight": torch.eye(len(weight), dtype=weight.dtype), "out_proj_bias": bias * 0}
     heads, batch = settings["num_attention_heads"], len(tensors["query"])
     size = len(tensors["q_proj_weight"]) // heads
     query, key, value = (
@@ -91,10 +98,16 @@ def _recipe(
     sizes: tuple[int, int] | None = None,
     lengths: tuple[int, int] = (4, 4),
     mask: list[list[int]] | None = None,
+    itself: bool = False,
+    mistakes: Mapping[str, Config] | None = None,
     claims: Claims = _OUTPUTS,
     **more: Any,
 ) -> ComponentRecipe:
-    """sizes: features of a key and of a value, where they are not `hidden`.  lengths: queries, keys."""
+    """sizes: features of a key and of a value, where they are not `hidden`.  lengths: queries, keys.
+
+    itself: self-attention, one input for all three, and biases of zero: what has no biases can run it.
+    mistakes: label -> the settings that differ.
+    """
     key_size, value_size = sizes or (hidden, hidden)
     rows, kv_rows = heads * head_dim, (kv_heads or heads) * head_dim
     inputs: dict[str, Any] = {
@@ -102,18 +115,26 @@ def _recipe(
         "key": (3, lengths[1], key_size),
         "value": (3, lengths[1], value_size),
     }
+    settings: Config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads or heads, "causal": causal}
+    if itself:
+        inputs = dict.fromkeys(inputs, _SELF)
+
+    def bias(size: int) -> Any:
+        return [0.0] * size if itself else (size,)
+
     return ComponentRecipe(
         name=f"multi_head_attention/{name}",
         summary=summary,
-        settings={"num_attention_heads": heads, "num_key_value_heads": kv_heads or heads, "causal": causal},
+        settings=settings,
         inputs=inputs | ({"attention_mask": mask} if mask else {}),
         weights={
-            "q_proj_weight": (rows, hidden), "q_proj_bias": (rows,),
-            "k_proj_weight": (kv_rows, key_size), "k_proj_bias": (kv_rows,),
-            "v_proj_weight": (kv_rows, value_size), "v_proj_bias": (kv_rows,),
-            "out_proj_weight": (hidden, rows), "out_proj_bias": (hidden,),
+            "q_proj_weight": (rows, hidden), "q_proj_bias": bias(rows),
+            "k_proj_weight": (kv_rows, key_size), "k_proj_bias": bias(kv_rows),
+            "v_proj_weight": (kv_rows, value_size), "v_proj_bias": bias(kv_rows),
+            "out_proj_weight": (hidden, rows), "out_proj_bias": bias(hidden),
         },
         claims=claims,
+        counterfactuals={label: settings | wrong for label, wrong in (mistakes or {}).items()},
         **more,
     )  # fmt: skip
 
@@ -154,12 +175,17 @@ FAMILY = Component(
         Value(name="context", axes="batch queries query_features", meaning="the heads side by side", optional=True),
     ),
     recipes=(
-        _recipe("plain", "every query sees every key", claims=ALL),
+        _recipe("plain", "every query sees every key", claims=ALL, mistakes={_NO_OUT: {"mistake": _NO_OUT}}),
         _recipe(
             "field-causal", "later keys are hidden", causal=True,
-            field="causal",
-            counterfactuals={
-                "causal ignored": {"num_attention_heads": 2, "num_key_value_heads": 2, "causal": False},
+            field="causal", mistakes={"causal ignored": {"causal": False}},
+        ),
+        _recipe(
+            "self", "causal, one input for queries, keys and values, biases of zero", itself=True, causal=True,
+            mistakes={
+                "causal ignored": {"causal": False},
+                _NO_OUT: {"mistake": _NO_OUT},
+                f"causal ignored and {_NO_OUT}": {"causal": False, "mistake": _NO_OUT},
             },
         ),
         _recipe("padding", "causal, rows of 2, 4 and 1 keys", causal=True, mask=_RIGHT),

@@ -3,6 +3,7 @@
 Oracle: the paper's equations, number by number (`conformance.oracles.equations.sinusoid`).
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
@@ -12,25 +13,39 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# Mistake -> what the exponent has over d, by column, where 2i belongs: 0 0 2 2 4 4 …
+_NUMERATORS: dict[str, Callable[[int], int]] = {
+    "exponent 2·column/d, not 2i/d: doubled, and a cosine at another frequency than its sine": lambda column: (
+        2 * column
+    ),
+    "exponent column/d, not 2i/d: a cosine at another frequency than its sine": lambda column: column,
+    "exponent 4i/d, not 2i/d: doubled": lambda column: 4 * (column // 2),
+}
+
+
 def truth(tensors: "dict[str, Tensor]", settings: Config) -> "dict[str, Tensor]":
     import torch
 
-    from conformance.oracles.equations.sinusoid import position_encoding
+    from conformance.oracles.equations.sinusoid import position_encoding, two_i
 
+    numerator = _NUMERATORS.get(settings.get("mistake", ""), two_i)
     rows = [
-        [position_encoding(position, settings["hidden_size"], settings["layout"]) for position in row]
+        [position_encoding(position, settings["hidden_size"], settings["layout"], numerator) for position in row]
         for row in tensors["position_ids"].tolist()
     ]
     return {"y": torch.tensor(rows, dtype=torch.float64)}
 
 
 def _recipe(name: str, summary: str, hidden_size: int, layout: str, **more: Any) -> ComponentRecipe:
+    settings = {"hidden_size": hidden_size, "layout": layout}
+    known = {} if layout == "interleaved" else {"layout ignored": settings | {"layout": "interleaved"}}
     return ComponentRecipe(
         name=f"sinusoidal_positions/{name}",
         summary=summary,
-        settings={"hidden_size": hidden_size, "layout": layout},
+        settings=settings,
         inputs={"position_ids": [[0, 1, 2, 3, 40], [7, 1, 300, 12, 2049], [5, 2500, 6, 99, 0]]},
         claims=EXACT,
+        counterfactuals=known | {mistake: settings | {"mistake": mistake} for mistake in _NUMERATORS},
         **more,
     )
 
@@ -53,8 +68,7 @@ FAMILY = Component(
     returns=(Value(name="y", axes="batch seq hidden", meaning="the encoding of each position"),),
     recipes=(
         _recipe("plain", "interleaved, even width", 10, "interleaved"),
-        _recipe("field-layout", "sines first, then cosines", 10, "concatenated", field="layout",
-                counterfactuals={"layout ignored": {"hidden_size": 10, "layout": "interleaved"}}),
+        _recipe("field-layout", "sines first, then cosines", 10, "concatenated", field="layout"),
         _recipe("odd", "interleaved, odd width", 7, "interleaved"),
         _recipe("distinct", "concatenated, odd width", 7, "concatenated"),
     ),

@@ -55,6 +55,21 @@ def layer_norm(
     return (normalised * weight + bias).to(x.dtype)
 
 
+def add_and_norm(
+    x: Float[Tensor, "*batch hidden"],
+    sublayer_output: Float[Tensor, "*batch hidden"],
+    weight: Float[Tensor, "hidden"],
+    bias: Float[Tensor, "hidden"],
+    eps: float,
+) -> Float[Tensor, "*batch hidden"]:
+    """The residual connection, then the norm ("post-norm"): LayerNorm(x + Sublayer(x)).
+
+    Vaswani et al. 2017 (arXiv:1706.03762), section 3.1: Sublayer(x) → `sublayer_output`. The sum is in the dtype of
+    `x`, the norm as in `layer_norm`.
+    """
+    return layer_norm(x + sublayer_output, weight, bias, eps)
+
+
 class LayerNorm(nn.Module):
     """`layer_norm` with a learned scale, `weight`, that starts at one, and a learned shift, `bias`, at zero."""
 

@@ -176,6 +176,21 @@ def test_ignored_causality_is_named() -> None:
     assert outputs(dropped, "multi_head_attention/field-causal").equals == "causal ignored"
 
 
+def out_projection_missing(see: Callable[..., Tensor] = see) -> Function:
+    return lambda **given: attention(see=see)(**given)["context"]
+
+
+@pytest.mark.parametrize("case", ["plain", "self"])
+def test_missing_output_projection_is_named(case: str) -> None:
+    assert outputs(out_projection_missing(), f"multi_head_attention/{case}").equals == "out_proj ignored"
+
+
+def test_missing_output_projection_beside_ignored_causality_is_named() -> None:
+    function = out_projection_missing(lambda q, k, c, real: see(q, k, False, real))
+    label = outputs(function, "multi_head_attention/self").equals
+    assert label == "causal ignored and out_proj ignored"
+
+
 def test_index_of_shared_heads_is_right_by_luck_with_one_key_value_head() -> None:
     function, _ = MULTI_HEAD["gqa-tile"]
     assert outputs(function, "multi_head_attention/mqa").outcome == "pass"

@@ -82,6 +82,42 @@ def test_variance_as_a_difference_of_means_fails_in_float32_far_from_zero() -> N
     assert outputs(difference_of_means, "layer_norm/offset", "float32").outcome == "fail"
 
 
+# --- add_and_norm
+
+
+def right_add_and_norm(x: Tensor, sublayer_output: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return right_layer_norm(x + sublayer_output, weight, bias, eps)
+
+
+def residual_ignored(sublayer_output: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return right_layer_norm(sublayer_output, weight, bias, eps)
+
+
+def sublayer_ignored(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return right_layer_norm(x, weight, bias, eps)
+
+
+def norm_before_the_sum(x: Tensor, sublayer_output: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return x + right_layer_norm(sublayer_output, weight, bias, eps)
+
+
+def test_right_add_and_norm_passes_every_claim() -> None:
+    assert not_passed(right_add_and_norm, "add_and_norm") == {}
+
+
+@pytest.mark.parametrize(
+    ("function", "label"),
+    [
+        (residual_ignored, "residual ignored"),
+        (sublayer_ignored, "sub-layer ignored"),
+        (norm_before_the_sum, "norm before the sum"),
+    ],
+)
+@pytest.mark.parametrize("case", ["plain", "small"])
+def test_mistake_of_add_and_norm_is_named(function: Any, label: str, case: str) -> None:
+    assert outputs(function, f"add_and_norm/{case}").equals == label
+
+
 # --- activations
 
 

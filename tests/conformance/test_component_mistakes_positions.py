@@ -200,6 +200,35 @@ def test_sinusoid_mistake_fails(mistake: str) -> None:
     assert outputs(function, f"sinusoidal_positions/{case}").outcome == "fail"
 
 
+def column_for_two_i(position_ids: Tensor, hidden_size: int, layout: str, factor: int = 1) -> Tensor:
+    column = torch.arange(hidden_size, dtype=torch.float64)
+    angles = position_ids.double()[..., None] / 10000 ** (factor * column / hidden_size)
+    table = torch.where(column % 2 == 0, angles.sin(), angles.cos())
+    return table if layout == "interleaved" else torch.cat((table[..., 0::2], table[..., 1::2]), -1)
+
+
+def two_columns_for_two_i(position_ids: Tensor, hidden_size: int, layout: str) -> Tensor:
+    return column_for_two_i(position_ids, hidden_size, layout, factor=2)
+
+
+def four_i_for_two_i(position_ids: Tensor, hidden_size: int, layout: str) -> Tensor:
+    column = torch.arange(hidden_size, dtype=torch.float64)
+    angles = position_ids.double()[..., None] * 10000 ** (-4 * (column // 2) / hidden_size)
+    table = torch.where(column % 2 == 0, angles.sin(), angles.cos())
+    return table if layout == "interleaved" else torch.cat((table[..., 0::2], table[..., 1::2]), -1)
+
+
+@pytest.mark.parametrize(
+    ("function", "exponent"),
+    [(column_for_two_i, "column/d"), (two_columns_for_two_i, "2·column/d"), (four_i_for_two_i, "4i/d")],
+)
+@pytest.mark.parametrize("case", ["plain", "field-layout", "odd", "distinct"])
+def test_wrong_exponent_of_sinusoids_is_named(function: Any, exponent: str, case: str) -> None:
+    label = outputs(function, f"sinusoidal_positions/{case}").equals
+    assert label is not None
+    assert label.startswith(f"exponent {exponent}, not 2i/d")
+
+
 def test_ignored_layout_of_sinusoids_is_named() -> None:
     assert outputs(layout_ignored, "sinusoidal_positions/field-layout").equals == "layout ignored"
 

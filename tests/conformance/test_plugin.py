@@ -210,6 +210,14 @@ def test_what_cannot_run_says_why(ran: Callable[[str], Done], name: str, message
     assert message in done.stdout + done.stderr
 
 
+def test_a_case_says_what_a_bare_function_is(tmp_path: Path) -> None:
+    """What a report prints after *reproduce* has no --family."""
+    body = "return __import__('torch').nn.functional.rms_norm(x, weight.shape, weight, eps)"
+    (tmp_path / "norm.py").write_text(f"def norm(x, weight, eps):\n    {body}\n")
+    done = execute("conformance", "run", "norm.py:norm", "--case", "rms_norm/plain", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("options", [(), ("-n", "2")])
 def test_missing_implementation_exits_2_with_the_option_to_give(tmp_path: Path, options: tuple[str, ...]) -> None:
     done = execute("pytest", "--pyargs", "conformance.suite", *options, cwd=tmp_path)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from reference_impl.nn.norm import LayerNorm, RMSNorm, layer_norm, rms_norm
+from reference_impl.nn.norm import LayerNorm, RMSNorm, add_and_norm, layer_norm, rms_norm
 
 
 def test_divides_by_the_root_mean_square_and_scales_each_element():
@@ -157,3 +157,13 @@ def test_layer_norm_leaves_its_input_unchanged():
     x = torch.tensor([[3.0, 4.0]])
     layer_norm(x, torch.ones(2), torch.zeros(2), eps=1e-5)
     assert torch.equal(x, torch.tensor([[3.0, 4.0]]))
+
+
+# --- add_and_norm
+
+
+def test_add_and_norm_normalises_the_sum_of_both():
+    x, sublayer = torch.tensor([[3.0, -1.0]]).double(), torch.tensor([[2.0, 4.0]]).double()  # sum 5 3: mean 4, σ 1
+    weight, bias = torch.tensor([2.0, 10.0]).double(), torch.tensor([0.5, 0.25]).double()
+    expected = torch.tensor([[2.5, -9.75]], dtype=torch.float64)
+    torch.testing.assert_close(add_and_norm(x, sublayer, weight, bias, eps=0.0), expected, rtol=1e-15, atol=0)

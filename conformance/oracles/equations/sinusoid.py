@@ -1,20 +1,28 @@
 """Sinusoidal positions, number by number, in float64."""
 
 import math
+from collections.abc import Callable
 
 
-def position_encoding(position: int, hidden_size: int, layout: str) -> list[float]:
+def two_i(dimension: int) -> int:
+    """What the exponent divides by d: a sine and the cosine after it share a frequency, i = dimension // 2."""
+    return 2 * (dimension // 2)
+
+
+def position_encoding(
+    position: int, hidden_size: int, layout: str, numerator: Callable[[int], int] = two_i
+) -> list[float]:
     """One row of the table.  Vaswani et al. 2017 (arXiv:1706.03762), section 3.5.
 
         PE(pos, 2i) = sin(pos / 10000^(2i/d))    PE(pos, 2i+1) = cos(pos / 10000^(2i/d))
 
     layout: "interleaved", as the paper has it; "concatenated": all sines, then all cosines, each with i rising
         (Junczys-Dowmunt et al. 2018, Marian).  With an odd d there is one sine more.
+    numerator: dimension -> 2i; another one makes a known mistake.
     """
     sines, cosines = [], []
     for dimension in range(hidden_size):
-        i = dimension // 2
-        angle = position / math.pow(10000, 2 * i / hidden_size)
+        angle = position / math.pow(10000, numerator(dimension) / hidden_size)
         if dimension % 2 == 0:
             sines.append(math.sin(angle))
         else:
