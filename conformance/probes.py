@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 VOCABULARY: dict[str, str] = {
     "embedding": "what enters the first block: the looked-up rows of the embedding table (positions added, scaled, "
     "where the family does so)",
+    "layers.N.norm": "normalised input of the block, where attention and feed-forward layer share it (parallel blocks)",
     "layers.N.attention.norm": "normalised input of the attention",
     "layers.N.attention.query": "query projection, bias included, before rotary positions",
     "layers.N.attention.key": "key projection, bias included, before rotary positions",
     "layers.N.attention.value": "value projection, bias included",
+    "layers.N.attention.query_normed": "query, each head normalised on its own, before rotary positions",
+    "layers.N.attention.key_normed": "key, each head normalised on its own, before rotary positions",
     "layers.N.attention.query_rotated": "query after rotary positions, as the score kernel receives it",
     "layers.N.attention.key_rotated": "key after rotary positions, one per key-value head (not repeated)",
     "layers.N.attention.scores": "scaled scores, before any mask",

@@ -24,6 +24,7 @@ FAMILIES = {
     "gpt3": ("reference_impl.models.gpt3", "GPT3Config", "GPT3"),
     "llama": ("reference_impl.models.llama", "LlamaConfig", "Llama"),
     "openai-gpt": ("reference_impl.models.gpt", "GPTConfig", "GPT"),
+    "phi": ("reference_impl.models.phi", "PhiConfig", "Phi"),
 }
 
 # Tensors that old files hold although they follow from config.json: rotary frequencies, GPT's and GPT-2's causal masks.

@@ -12,7 +12,7 @@ from typing import Any
 from conformance.probes import ProbeSpec
 
 COMPONENTS = ("rms_norm",)
-MODELS = ("gpt", "gpt2", "gpt3", "llama")
+MODELS = ("gpt", "gpt2", "gpt3", "llama", "phi")
 FAMILIES = (*COMPONENTS, *MODELS)
 
 Config = dict[str, Any]

@@ -1,8 +1,12 @@
-"""What the decoder families share: which claims a case makes, and how a field case is made."""
+"""What the decoder families share: claims, field cases, spellings of config keys, one-layer checkpoints."""
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from conformance.families import Config, Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Claims = dict[str, tuple[str, ...]]
 
@@ -57,3 +61,71 @@ def field_case(
         field=field,
         counterfactuals=({f"{field} ignored": plain} if loads else {}) | dict(also or {}),
     )
+
+
+# --- configurations -------------------------------------------------------------------------------------------------
+
+# Where transformers keeps what rotary positions need; what reads one spelling silently ignores the other.
+SPELLINGS = {"4.x": ("rope_theta", "rope_scaling", "partial_rotary_factor"), "5.x": ("rope_parameters",)}
+
+
+def rope_keys(rope: Mapping[str, Any], spelling: str | None = None) -> Config:
+    """The keys of config.json that say `rope` = {rope_type, rope_theta, …}, in both spellings unless one is asked for.
+
+    transformers 4.x wrote rope_theta, rope_scaling and partial_rotary_factor, 5.x writes rope_parameters.
+    """
+    apart = {key: value for key, value in rope.items() if key in ("rope_theta", "partial_rotary_factor")}
+    scaling = {key: value for key, value in rope.items() if key not in apart}
+    keys = apart | {
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        "rope_parameters": dict(rope),
+    }
+    return {key: value for key, value in keys.items() if spelling is None or key in SPELLINGS[spelling]}
+
+
+def kv_heads(config: Config) -> int:
+    """Key-value heads; as many as query heads where the file says nothing."""
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+
+# --- one block alone ------------------------------------------------------------------------------------------------
+
+
+def block_checkpoint(
+    config: Config, weights: "dict[str, Tensor]", block_input: "Tensor", layer: int, *, final_norm: str
+) -> "tuple[Config, dict[str, Tensor]]":
+    """A one-layer checkpoint that feeds `block_input` (batch, seq, hidden) to block `layer` alone.
+
+    Its embedding table is the block's input, one row a token of the batch, so that arange(batch · seq) as ids looks
+    it up; block `layer` becomes layer 0; the norm called `final_norm` and the head are kept, the head cut to as many
+    rows as there are ids.
+    """
+    rows = block_input.flatten(0, 1)
+    head = {"lm_head.weight": weights.get("lm_head.weight", weights["model.embed_tokens.weight"])}
+    if "lm_head.bias" in weights:
+        head["lm_head.bias"] = weights["lm_head.bias"]
+    vocab = len(head["lm_head.weight"])
+    if len(rows) > vocab:
+        raise ValueError(f"{len(rows)} block inputs need a vocabulary of as many, the case has {vocab}")
+    one = {
+        name.replace(f"layers.{layer}.", "layers.0."): tensor
+        for name, tensor in weights.items()
+        if f"layers.{layer}." in name or name.startswith(f"{final_norm}.")
+    }
+    one |= {name: tensor[: len(rows)].contiguous() for name, tensor in head.items()}
+    one |= {"model.embed_tokens.weight": rows.contiguous()}
+    return config | {"num_hidden_layers": 1, "vocab_size": len(rows), "tie_word_embeddings": False}, one
+
+
+# --- probes ---------------------------------------------------------------------------------------------------------
+
+
+def kernel_probes(config: Config) -> dict[str, tuple[str, str]]:
+    """Probe -> (layer's module path as the reference names it, what the attention kernel calls the value)."""
+    return {
+        f"layers.{layer}.attention.{probe}": (f"model.layers.{layer}.self_attn.{probe}", quantity)
+        for layer in range(config["num_hidden_layers"])
+        for probe, quantity in {
+            "query_rotated": "query", "key_rotated": "key", "scores": "scores", "weights": "weights",
+        }.items()
+    }  # fmt: skip

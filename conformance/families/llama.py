@@ -3,32 +3,35 @@
 Oracle: `LlamaForCausalLM` of Hugging Face transformers at true double precision.
 """
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from conformance.families import Config, ConfigField, Family, Recipe
-from conformance.families.decoders import FULL, MODEST, WORKING, field_case, without
+from conformance.families.decoders import (
+    FULL,
+    MODEST,
+    WORKING,
+    block_checkpoint,
+    field_case,
+    kernel_probes,
+    kv_heads,
+    rope_keys,
+    without,
+)  # fmt: skip
 from conformance.probes import ProbeSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # --- configurations -------------------------------------------------------------------------------------------------
 
 _DEFAULT_THETA = 10000.0
 
 
-_SPELLINGS = {"4.x": ("rope_theta", "rope_scaling"), "5.x": ("rope_parameters",)}
-
-
 def _config(*, spelling: str | None = None, **changes: Any) -> Config:
     """A small Llama at its defaults, then changed.
 
-    `rope` = {rope_type, rope_theta, …} is written in both spellings unless one is asked for: transformers 4.x wrote
-    rope_theta and rope_scaling, 5.x writes rope_parameters, and what reads one silently ignores the other.
+    `rope` = {rope_type, rope_theta, …} is written in both spellings unless one is asked for.
     """
     rope = {"rope_type": "default", "rope_theta": _DEFAULT_THETA} | changes.pop("rope", {})
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    config = {
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": 61,
@@ -43,18 +46,12 @@ def _config(*, spelling: str | None = None, **changes: Any) -> Config:
         "mlp_bias": False,
         "attention_dropout": 0.1,  # only in training; the suite evaluates, so a candidate that applies it fails
         "tie_word_embeddings": False,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
-        "rope_parameters": rope,
+        **rope_keys(rope, spelling),
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": None,
         "torch_dtype": "float32",
     } | changes
-    if spelling:
-        written = _SPELLINGS[spelling]
-        config = {key: value for key, value in config.items() if not key.startswith("rope_") or key in written}
-    return config
 
 
 # Keys that decide the maths and that a config.json may leave out.
@@ -70,10 +67,6 @@ def _terse() -> Config:
 
 def _head_dim(config: Config) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def _kv_heads(config: Config) -> int:
-    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
 # --- cases ----------------------------------------------------------------------------------------------------------
@@ -209,7 +202,7 @@ def _recipes() -> tuple[Recipe, ...]:
 def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Hub name -> shape of everything a checkpoint holds (no lm_head when it is tied)."""
     hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    queries, keys = config["num_attention_heads"] * _head_dim(config), _kv_heads(config) * _head_dim(config)
+    queries, keys = config["num_attention_heads"] * _head_dim(config), kv_heads(config) * _head_dim(config)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
     if not config.get("tie_word_embeddings", False):
         shapes["lm_head.weight"] = (vocab, hidden)
@@ -232,27 +225,6 @@ def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (rows,)
     return shapes
-
-
-def block_checkpoint(
-    config: Config, weights: "dict[str, Tensor]", block_input: "Tensor", layer: int
-) -> "tuple[Config, dict[str, Tensor]]":
-    """A one-layer checkpoint that feeds `block_input` (batch, seq, hidden) to block `layer` alone.
-
-    Its embedding table is the block's input, one row a token of the batch, so that arange(batch · seq) as ids looks
-    it up; block `layer` becomes layer 0; norm and head are kept, the head cut to as many rows as there are ids.
-    """
-    rows = block_input.flatten(0, 1)
-    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-    if len(rows) > len(head):
-        raise ValueError(f"{len(rows)} block inputs need a vocabulary of as many, the case has {len(head)}")
-    one = {
-        name.replace(f"layers.{layer}.", "layers.0."): tensor
-        for name, tensor in weights.items()
-        if f"layers.{layer}." in name or name == "model.norm.weight"
-    }
-    one |= {"model.embed_tokens.weight": rows.contiguous(), "lm_head.weight": head[: len(rows)].contiguous()}
-    return config | {"num_hidden_layers": 1, "vocab_size": len(rows), "tie_word_embeddings": False}, one
 
 
 # --- probes ---------------------------------------------------------------------------------------------------------
@@ -296,10 +268,10 @@ def probes(config: Config) -> list[ProbeSpec]:
 
 def probe_sizes(config: Config, batch: int, seq: int) -> dict[str, int]:
     """Axis name -> size, for the axes that `probes` uses."""
-    heads, kv_heads = config["num_attention_heads"], _kv_heads(config)
+    heads, keys = config["num_attention_heads"], kv_heads(config)
     return {
         "batch": batch, "seq": seq, "key": seq, "hidden": config["hidden_size"], "vocab": config["vocab_size"],
-        "intermediate": config["intermediate_size"], "kv_head": kv_heads, "group": heads // kv_heads,
+        "intermediate": config["intermediate_size"], "kv_head": keys, "group": heads // keys,
         "head_dim": _head_dim(config),
     }  # fmt: skip
 
@@ -335,17 +307,6 @@ def module_probes(config: Config) -> dict[str, tuple[str, str]]:
             path = f"model.layers.{layer}.{module}".rstrip(".")
             found[f"layers.{layer}.{probe}"] = (path, side)
     return found
-
-
-def kernel_probes(config: Config) -> dict[str, tuple[str, str]]:
-    """Probe -> (layer's module path as the reference names it, what the attention kernel calls the value)."""
-    return {
-        f"layers.{layer}.attention.{probe}": (f"model.layers.{layer}.self_attn.{probe}", quantity)
-        for layer in range(config["num_hidden_layers"])
-        for probe, quantity in {
-            "query_rotated": "query", "key_rotated": "key", "scores": "scores", "weights": "weights",
-        }.items()
-    }  # fmt: skip
 
 
 _EQUATIONS = r"""
@@ -388,5 +349,5 @@ FAMILY = Family(
     probe_sizes=probe_sizes,
     module_probes=module_probes,
     kernel_probes=kernel_probes,
-    block_checkpoint=block_checkpoint,
+    block_checkpoint=partial(block_checkpoint, final_norm="model.norm"),
 )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 # Families whose model the installed transformers has, and those of them that it has no SDPA kernel for.
-HUB_FAMILIES = frozenset({"gpt", "gpt2", "llama"})
+HUB_FAMILIES = frozenset({"gpt", "gpt2", "llama", "phi"})
 EAGER_ONLY = frozenset({"gpt"})
 
 

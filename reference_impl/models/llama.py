@@ -9,28 +9,21 @@ Shapes: B batch, T tokens of this call, S tokens so far (cached and new).
 """
 
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from reference_impl.config import DERIVED, KEYS_WITHOUT_EFFECT, read_fields, require_divisible, require_positive
 from reference_impl.nn import masks, rotary
 from reference_impl.nn.attention import GroupedQueryAttention
 from reference_impl.nn.feed_forward import GatedFeedForward, activation
 from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
 from reference_impl.nn.norm import RMSNorm
 
-# Keys of config.json that say nothing about what a forward pass computes.
-KEYS_WITHOUT_EFFECT = {
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype",
-    "eos_token_id", "id2label", "initializer_range", "label2id", "max_position_embeddings", "max_sequence_length",
-    "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
-    "return_dict", "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
-}  # fmt: skip
-
-# The default of a field that __post_init__ derives from others.
-DERIVED: Any = None
+# Keys of a Llama's config.json that change nothing, beside those of every family.
+WITHOUT_EFFECT = KEYS_WITHOUT_EFFECT | {"max_sequence_length", "pretraining_tp"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +63,13 @@ class LlamaConfig:
     mlp_bias: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
-                raise ValueError(f"{name}={value} must be greater than 0")
+        require_positive(self)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
-            _require_divisible(self, "hidden_size", "num_attention_heads", "or give head_dim")
+            require_divisible(self, "hidden_size", "num_attention_heads", "or give head_dim")
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        _require_divisible(self, "num_attention_heads", "num_key_value_heads", "give a divisor of it")
+        require_divisible(self, "num_attention_heads", "num_key_value_heads", "give a divisor of it")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs of elements")
         activation(self.hidden_act)
@@ -90,17 +81,8 @@ class LlamaConfig:
         Raises:
             ValueError: not a Llama, a key that could change the result is unknown, or a value is not valid.
         """
-        if config.get("model_type", "llama") != "llama":
-            raise ValueError(f"model_type={config['model_type']!r} is not 'llama'")
-        unknown = config.keys() - {field.name for field in fields(cls)} - KEYS_WITHOUT_EFFECT - {"rope_parameters"}
-        if unknown:
-            raise ValueError(f"unknown keys {sorted(unknown)} may change the result; remove those that do not")
-        given = [field for field in fields(cls) if field.name in config and not field.name.startswith("rope_")]
-        values = {
-            field.name: _typed(field, config[field.name])
-            for field in given
-            if config[field.name] is not field.default  # null leaves head_dim and num_key_value_heads to be derived
-        }
+        rope = {"rope_theta", "rope_scaling", "rope_parameters"}
+        values = read_fields(cls, config, model_type="llama", without_effect=WITHOUT_EFFECT, elsewhere=rope)
         rope_theta, rope_scaling = rotary.read_rope(config, default_theta=cls.rope_theta)
         return cls(**values, rope_theta=rope_theta, rope_scaling=rope_scaling)
 
@@ -172,11 +154,7 @@ class LlamaModel(nn.Module):
         real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
         if cache is not None:
             real = cache.extended(real)  # (B, S)
-        if position_ids is None:
-            position_ids = masks.positions(real, num_queries=seq)  # (B, T)
-        elif position_ids.shape not in (input_ids.shape, (1, seq)):
-            shapes = f"{tuple(position_ids.shape)} and input_ids {tuple(input_ids.shape)}"
-            raise ValueError(f"position_ids has shape {shapes}: give one position a token, or one row for all")
+        position_ids = masks.given_positions(position_ids, real, input_ids)  # (B or 1, T)
         mask = masks.visible_keys(real, num_queries=seq)  # (B, 1, T, S)
 
         x: Tensor = self.embed_tokens(input_ids)  # (B, T, hidden)
@@ -229,18 +207,3 @@ class Llama(nn.Module):
     def session(self, max_length: int | None = None) -> Session:
         """A batch of texts to be fed piece by piece; `max_length` (tokens, padding included) fixes its memory."""
         return Session(self, KVCache(num_hidden_layers=self.config.num_hidden_layers, max_length=max_length))
-
-
-def _typed(field: Field[Any], value: Any) -> Any:
-    """A value of config.json as the type of its field, where 2 may stand for 2.0."""
-    if field.type is float and type(value) is int:
-        return float(value)
-    if type(value) is not field.type:
-        raise ValueError(f"{field.name}={value!r} must be of type {getattr(field.type, '__name__', field.type)}")
-    return value
-
-
-def _require_divisible(config: LlamaConfig, whole: str, part: str, way_out: str) -> None:
-    a, b = getattr(config, whole), getattr(config, part)
-    if a % b:
-        raise ValueError(f"{whole}={a} must be divisible by {part}={b}; {way_out}")

@@ -87,7 +87,51 @@ def fused_attention(
     return context.masked_fill(sees_nothing, 0.0)
 
 
-class GroupedQueryAttention(nn.Module):
+class AttentionKernel(nn.Module):
+    """What a family's attention does between its projections: scores, softmax, weighted sum.
+
+    A family's attention is a subclass with projections. When written out, two children without weights show to forward
+    hooks what no projection returns: `scores` (B, H, T, S), scaled and not yet masked, and `weights` (B, H, T, S).
+
+    Args:
+        scale: factor on every score; None: 1 / √Dh.
+        upcast_scores: whether scores and weights are in float32 even where queries are not; the fused kernel, whose
+            scores are its own affair, takes no notice.
+
+    Raises:
+        ValueError: `attention` is neither "eager" (written out) nor "sdpa" (torch's fused kernel).
+    """
+
+    def __init__(self, attention: str, *, scale: float | None = None, upcast_scores: bool = False) -> None:
+        super().__init__()
+        if attention not in ("eager", "sdpa"):
+            raise ValueError(f"attention={attention!r} must be 'eager' (written out) or 'sdpa' (fused)")
+        self.attention = attention
+        self.scale = scale
+        self.upcast_scores = upcast_scores
+        self.scores = nn.Identity()
+        self.weights = nn.Identity()
+
+    def attend(
+        self,
+        query: Float[Tensor, "batch heads queries head_dim"],
+        key: Float[Tensor, "batch kv_heads keys head_dim"],
+        value: Float[Tensor, "batch kv_heads keys head_dim"],
+        mask: Bool[Tensor, "#batch 1 queries keys"],
+    ) -> Float[Tensor, "batch heads queries head_dim"]:
+        """Mixes the values that each query may see."""
+        key, value = (repeat_key_value_heads(heads, query.shape[1]) for heads in (key, value))  # (B, H, S, Dh)
+        if self.attention == "sdpa":
+            return fused_attention(query, key, value, mask, self.scale)
+        if self.upcast_scores:
+            working = torch.promote_types(query.dtype, torch.float32)
+            query, key = query.to(working), key.to(working)
+        scores = self.scores(attention_scores(query, key, self.scale))
+        weights: Tensor = self.weights(attention_weights(scores, mask))
+        return weights.to(value.dtype) @ value
+
+
+class GroupedQueryAttention(AttentionKernel):
     """Attention in which H / KV query heads share a key/value head, with rotary positions on queries and keys.
 
         Attention(Q, K, V) = softmax(Q Kᵀ / √Dh) V
@@ -96,15 +140,11 @@ class GroupedQueryAttention(nn.Module):
     → q_proj, k_proj, v_proj, o_proj. Keys are rotated before they are cached.
 
     Children without weights show to forward hooks what no projection returns: `query_rotated` (B, H, T, Dh),
-    `key_rotated` (B, KV, T, Dh) and, when written out, `scores` (B, H, T, S), scaled and not yet masked, and `weights`
-    (B, H, T, S). Dropout is not implemented.
+    `key_rotated` (B, KV, T, Dh), and those of `AttentionKernel`. Dropout is not implemented.
 
     Args:
         bias: whether all four projections have one.
         attention: "eager" (written out) or "sdpa" (torch's fused scaled_dot_product_attention).
-
-    Raises:
-        ValueError: `attention` is neither.
     """
 
     def __init__(
@@ -117,20 +157,14 @@ class GroupedQueryAttention(nn.Module):
         bias: bool,
         attention: str = "eager",
     ) -> None:
-        super().__init__()
-        if attention not in ("eager", "sdpa"):
-            raise ValueError(f"attention={attention!r} must be 'eager' (written out) or 'sdpa' (fused)")
-        self.num_attention_heads = num_attention_heads
+        super().__init__(attention)
         self.head_dim = head_dim
-        self.attention = attention
         self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=bias)
         self.query_rotated = nn.Identity()
         self.key_rotated = nn.Identity()
-        self.scores = nn.Identity()
-        self.weights = nn.Identity()
 
     def forward(
         self,
@@ -150,25 +184,5 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value)  # (B, KV, S, Dh)
 
-        context = self.attend(
-            query,
-            repeat_key_value_heads(key, self.num_attention_heads),
-            repeat_key_value_heads(value, self.num_attention_heads),
-            mask,
-        )
-        output: Tensor = self.o_proj(merge_heads(context))
+        output: Tensor = self.o_proj(merge_heads(self.attend(query, key, value, mask)))
         return output
-
-    def attend(
-        self,
-        query: Float[Tensor, "batch heads queries head_dim"],
-        key: Float[Tensor, "batch heads keys head_dim"],
-        value: Float[Tensor, "batch heads keys head_dim"],
-        mask: Bool[Tensor, "#batch 1 queries keys"],
-    ) -> Float[Tensor, "batch heads queries head_dim"]:
-        """Mixes the values that each query may see."""
-        if self.attention == "sdpa":
-            return fused_attention(query, key, value, mask)
-        scores = self.scores(attention_scores(query, key))
-        weights: Tensor = self.weights(attention_weights(scores, mask))
-        return weights @ value

@@ -60,6 +60,26 @@ class GatedFeedForward(nn.Module):
         return output
 
 
+class FeedForward(nn.Module):
+    """One projection up, an activation, and one projection down, both with a bias.
+
+        y = act(x W₁ + b₁) W₂ + b₂
+
+    Vaswani et al. 2017 (arXiv:1706.03762), equation 2, where act is ReLU: W₁, b₁ → fc1, W₂, b₂ → fc2. Arithmetic is in
+    the dtype of `x`.
+    """
+
+    def __init__(self, *, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.activation_fn = activation(hidden_act)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+        output: Tensor = self.fc2(self.activation_fn(self.fc1(x)))
+        return output
+
+
 class Conv1DFeedForward(nn.Module):
     """One projection up, an activation, and one projection down, stored (in, out) as in GPT, GPT-2 and GPT-3.
 

@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, H heads, Dh head_dim.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -131,31 +131,71 @@ def rotate(
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def read_rope(config: Mapping[str, Any], *, default_theta: float) -> tuple[float, RopeScaling]:
+def rotary_dim(head_dim: int, partial_rotary_factor: float) -> int:
+    """How many elements of a head turn, the first ones: partial_rotary_factor · Dh, cut to an integer (10.5 is 10)."""
+    return int(head_dim * partial_rotary_factor)
+
+
+def rotate_partly(
+    x: Float[Tensor, "batch heads seq head_dim"],
+    cos: Float[Tensor, "#batch seq half"],
+    sin: Float[Tensor, "#batch seq half"],
+) -> Float[Tensor, "batch heads seq head_dim"]:
+    """Turns the first elements of each head, two for each angle, and passes the others on.
+
+    Black et al. 2022, GPT-NeoX-20B (arXiv:2204.06745), section 2.1.1, and Wang & Komatsuzaki 2021, GPT-J. The turned
+    part is a small head of its own: its pairs are half of *it* apart, and its frequencies are those of its width. With
+    Dh = 10 and 3 angles, elements (0, 3) (1, 4) (2, 5) are pairs and 6 7 8 9 pass.
+    """
+    width = 2 * cos.shape[-1]
+    turned, passed = x[..., :width], x[..., width:]
+    return torch.cat((rotate(turned, cos, sin), passed), dim=-1)
+
+
+# Where 5.x and 4.x keep the parameters of rotary positions, beside the top level of config.json.
+ROPE_OBJECTS = ("rope_scaling", "rope_parameters")
+
+
+def read_rope(
+    config: Mapping[str, Any], *, default_theta: float, elsewhere: Set[str] = frozenset()
+) -> tuple[float, RopeScaling]:
     """Base and scaling from a config.json, in either spelling that Hugging Face has used.
 
     transformers 4.x writes `rope_theta` and `rope_scaling`, 5.x both of them inside `rope_parameters`.
 
+    Args:
+        elsewhere: parameters that may stand beside the scaling's own and are read by another function.
+
     Raises:
         ValueError: the spellings disagree, or a rope type, or a parameter of it, is unknown or absent.
     """
-    thetas, scalings = {}, {}
-    if "rope_theta" in config:
-        thetas["rope_theta"] = _number("rope_theta", config["rope_theta"])
-    for key in ("rope_scaling", "rope_parameters"):
+    scalings = {}
+    for key in ROPE_OBJECTS:
         parameters = config.get(key)
         if isinstance(parameters, Mapping):
-            if "rope_theta" in parameters:
-                thetas[f"{key}.rope_theta"] = _number(f"{key}.rope_theta", parameters["rope_theta"])
-            scalings[key] = read_scaling(parameters, key)
+            scalings[key] = read_scaling(parameters, key, elsewhere)
         elif parameters is not None:
             raise ValueError(f"{key}={parameters!r} must be an object or null")
         elif key == "rope_scaling" and key in config:
             scalings[key] = None  # how 4.x says "not scaled"; in 5.x a null says nothing
-    return _agreed(thetas, default=default_theta), _agreed(scalings, default=None)
+    return read_number(config, "rope_theta", default=default_theta), _agreed(scalings, default=None)
 
 
-def read_scaling(parameters: Mapping[str, Any], key: str) -> RopeScaling:
+def read_number(config: Mapping[str, Any], name: str, *, default: float) -> float:
+    """A number that 4.x writes at the top level of config.json and 5.x inside `rope_parameters`.
+
+    Raises:
+        ValueError: it is not positive, or is stated twice and the two disagree.
+    """
+    places = {"": config} | {f"{key}.": config[key] for key in ROPE_OBJECTS if isinstance(config.get(key), Mapping)}
+    stated = {
+        f"{place}{name}": _number(f"{place}{name}", values[name]) for place, values in places.items() if name in values
+    }
+    number: float = _agreed(stated, default=default)
+    return number
+
+
+def read_scaling(parameters: Mapping[str, Any], key: str, elsewhere: Set[str] = frozenset()) -> RopeScaling:
     """The scaling in `rope_scaling` or `rope_parameters` (`key` says which): {"rope_type": "linear", "factor": 2.0}.
 
     Older files write `type` for `rope_type`; with neither, the type is "default": not scaled.
@@ -166,7 +206,8 @@ def read_scaling(parameters: Mapping[str, Any], key: str) -> RopeScaling:
         raise ValueError(f"{key}: rope_type={rope_type!r} is not implemented; use one of {sorted(SCALINGS)}")
     scaling = SCALINGS[rope_type]
     wanted = {field.name: field.type for field in fields(scaling)} if scaling else {}
-    given = {name: value for name, value in parameters.items() if name not in ("rope_type", "type", "rope_theta")}
+    apart = {"rope_type", "type", "rope_theta", *elsewhere}
+    given = {name: value for name, value in parameters.items() if name not in apart}
     if wanted.keys() != given.keys():
         raise ValueError(
             f"{key}: rope_type={rope_type!r} takes the parameters {sorted(wanted)}; "
@@ -176,12 +217,20 @@ def read_scaling(parameters: Mapping[str, Any], key: str) -> RopeScaling:
     return scaling(**numbers) if scaling else None
 
 
-def write_rope(rope_theta: float, rope_scaling: RopeScaling) -> dict[str, Any]:
-    """What `read_rope` reads, in both spellings: `rope_theta` and `rope_scaling`, and again as `rope_parameters`."""
+def write_rope(
+    rope_theta: float, rope_scaling: RopeScaling, *, partial_rotary_factor: float | None = None
+) -> dict[str, Any]:
+    """What `read_rope` and `read_number` read, in both spellings: at the top level, and again in `rope_parameters`."""
     names = {scaling: rope_type for rope_type, scaling in SCALINGS.items()}
     scaling = {"rope_type": names[type(rope_scaling)], **asdict(rope_scaling)} if rope_scaling else None
-    parameters = {"rope_theta": rope_theta, **(scaling or {"rope_type": "default"})}
-    return {"rope_theta": rope_theta, "rope_scaling": scaling, "rope_parameters": parameters}
+    numbers = {"rope_theta": rope_theta}
+    if partial_rotary_factor is not None:
+        numbers["partial_rotary_factor"] = partial_rotary_factor
+    return {
+        **numbers,
+        "rope_scaling": scaling,
+        "rope_parameters": {**numbers, **(scaling or {"rope_type": "default"})},
+    }
 
 
 def _agreed(stated: Mapping[str, Any], *, default: Any) -> Any:

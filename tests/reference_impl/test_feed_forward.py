@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reference_impl.nn import feed_forward
-from reference_impl.nn.feed_forward import Conv1DFeedForward, GatedFeedForward
+from reference_impl.nn.feed_forward import Conv1DFeedForward, FeedForward, GatedFeedForward
 
 
 def gelu_tanh(x):
@@ -69,6 +69,37 @@ def test_the_activation_is_a_module_that_hooks_can_read():
     ((gate, activated),) = seen
     assert torch.equal(gate, x @ block.gate_proj.weight.T)
     assert torch.equal(activated, gate.clamp(min=0))
+
+
+def test_the_plain_block_follows_its_equation():
+    block = FeedForward(hidden_size=3, intermediate_size=4, hidden_act="gelu_new").double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(generator=generator)
+    x = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator)
+
+    def project(linear, vector):
+        rows = zip(linear.weight.tolist(), linear.bias.tolist(), strict=True)
+        return [sum(w * v for w, v in zip(row, vector, strict=True)) + bias for row, bias in rows]
+
+    expected = torch.empty_like(x)
+    for b in range(2):
+        for t in range(5):
+            activated = [gelu_tanh(u) for u in project(block.fc1, x[b, t].tolist())]
+            expected[b, t] = torch.tensor(project(block.fc2, activated), dtype=torch.float64)
+    torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_activation_of_the_plain_block_is_a_module_that_hooks_can_read():
+    block = FeedForward(hidden_size=3, intermediate_size=4, hidden_act="relu")
+    seen = []
+    block.activation_fn.register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    block(x)
+    ((up, activated),) = seen
+    assert torch.equal(up, block.fc1(x))
+    assert torch.equal(activated, up.clamp(min=0))
 
 
 def test_the_conv1d_block_follows_the_equation():

@@ -110,6 +110,39 @@ def test_rotation_leaves_its_input_unchanged():
     assert torch.equal(x, torch.ones(1, 1, 1, 4))
 
 
+# --- part of a head
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "factor", "turned"), [(64, 0.5, 32), (80, 0.4, 32), (12, 0.72, 8), (10, 1.0, 10), (100, 0.29, 28)]
+)
+def test_the_part_that_turns_is_cut_to_an_integer(head_dim, factor, turned):
+    # 0.29 has no float64 of its own: 100 · 0.29 is 28.999999999999996, and Hugging Face cuts it as well.
+    assert rotary.rotary_dim(head_dim, factor) == turned
+
+
+def test_partial_rotation_turns_pairs_that_are_half_of_the_turned_part_apart_and_passes_the_rest():
+    x = torch.randn(2, 3, 5, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    position_ids = torch.tensor([[0, 1, 2, 7, 2000], [5, 4, 3, 2, 1]])
+    cos, sin = rotary.tables(position_ids, 6, 1000.0, dtype=torch.float64)  # frequencies 1, 1/10, 1/100
+    expected = x.clone()
+    for b in range(2):
+        for t in range(5):
+            for j in range(3):
+                for h in range(3):
+                    pair = complex(x[b, h, t, j], x[b, h, t, j + 3])
+                    turned = pair * cmath.exp(1j * position_ids[b, t].item() / 10**j)
+                    expected[b, h, t, j], expected[b, h, t, j + 3] = turned.real, turned.imag
+    torch.testing.assert_close(rotary.rotate_partly(x, cos, sin), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(rotary.rotate_partly(x, cos, sin)[..., 6:], x[..., 6:])
+
+
+def test_partial_rotation_of_the_whole_head_is_rotation():
+    x = torch.randn(1, 2, 3, 6, generator=torch.Generator().manual_seed(0))
+    cos, sin = rotary.tables(torch.tensor([[0, 1, 2]]), 6, 100.0, dtype=torch.float32)
+    assert torch.equal(rotary.rotate_partly(x, cos, sin), rotary.rotate(x, cos, sin))
+
+
 # --- config.json
 
 
@@ -185,6 +218,27 @@ def test_refuses_a_factor_that_is_not_a_positive_number(factor):
 def test_refuses_llama3_bands_out_of_order():
     with pytest.raises(ValueError, match=r"high_freq_factor=1\.0 must be greater than low_freq_factor=1\.0"):
         read(rope_scaling={**LLAMA3_JSON, "high_freq_factor": 1.0})
+
+
+def test_refuses_a_rotary_factor_where_no_one_reads_it():
+    with pytest.raises(ValueError, match=r"unknown \['partial_rotary_factor'\]"):
+        read(rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5})
+
+
+def test_parameters_that_another_function_reads_are_left_to_it():
+    config = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}
+    scaling = rotary.read_rope(config, default_theta=10000.0, elsewhere={"partial_rotary_factor"})
+    assert scaling == (10000.0, LinearScaling(factor=2.0))
+    assert rotary.read_number(config, "partial_rotary_factor", default=1.0) == 0.5
+
+
+def test_writes_the_rotary_factor_in_both_spellings():
+    assert rotary.write_rope(500.0, None, partial_rotary_factor=0.5) == {
+        "rope_theta": 500.0,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_type": "default"},
+    }
 
 
 def test_writes_both_spellings():

@@ -1,0 +1,112 @@
+"""The published configurations of the families, and how many parameters each has.
+
+A checkpoint of a published model has exactly these tensors; a port that builds fewer or more parameters has misread a
+size (a feed-forward width rounded the wrong way, a bias left out, a head that should be tied).  The counts are those of
+Hugging Face's classes, with which the reference agrees name by name (`tests/conformance/test_sizes.py`).
+
+A new model is one more entry; a config holds the keys that differ from the family's defaults or that the paper states.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """One published model.
+
+    name: as its authors call it.
+    family: the family of this suite; its config.json is `config`.
+    parameters: how many numbers the model learns, a tied table counted once.
+    printed: the figure that the authors print, with their precision: "6.7B".  They round or cut.
+    omitted: parameters that the printed figure leaves out, by name.
+    source: where sizes and figure stand.
+    """
+
+    name: str
+    family: str
+    config: Mapping[str, Any]
+    parameters: int
+    printed: str
+    omitted: tuple[str, ...] = ()
+    source: str
+
+
+_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def read_figure(printed: str) -> tuple[float, float]:
+    """The number that a figure like "6.7B" stands for, and the worth of its last significant digit.
+
+    "6.7B" is (6.7e9, 1e8); "13.0B" (1.3e10, 1e8); "70B" (7e10, 1e10), since nobody says whether its 0 is one.
+    """
+    digits, unit = printed[:-1], _UNITS[printed[-1]]
+    whole, _, decimals = digits.partition(".")
+    trailing_zeros = 0 if decimals else len(whole) - len(whole.rstrip("0"))
+    return float(digits) * unit, unit * 10.0 ** (trailing_zeros - len(decimals))
+
+
+def _llama(
+    hidden: int, feed_forward: int, layers: int, heads: int, key_value_heads: int, eps: float, context: int
+) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": hidden,
+        "intermediate_size": feed_forward,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "rms_norm_eps": eps,
+        "max_position_embeddings": context,
+    }
+
+
+# LLaMA's paper gives 2/3 · 4d for the feed-forward width; the published code rounds it up to a multiple of 256.
+_LLAMA_1 = "Touvron et al. 2023, arXiv:2302.13971, table 2 and section 2.2; widths and ε from facebookresearch/llama"
+# The 70B model widens by 1.3, to a multiple of 4096: int(1.3 · int(2/3 · 4 · 8192)) = 28398 → 28672.
+_LLAMA_2 = "Touvron et al. 2023, arXiv:2307.09288, table 1; sizes from the params.json of the published weights"
+
+
+def _phi(hidden: int, layers: int, partial_rotary_factor: float) -> dict[str, Any]:
+    return {
+        "model_type": "phi",
+        "vocab_size": 51200,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "partial_rotary_factor": partial_rotary_factor,
+        "max_position_embeddings": 2048,
+    }
+
+
+# Embedding and head are two tables of 51,200 rows: 1.42 billion with both, the 1.3 that is printed with one of them.
+_ONE_TABLE = ("model.embed_tokens.weight",)
+_PHI_1 = "Gunasekar et al. 2023, arXiv:2306.11644, section 2.3; vocabulary from the config.json of microsoft/phi-1"
+_PHI_15 = "Li et al. 2023, arXiv:2309.05463, section 2.1; vocabulary from the config.json of microsoft/phi-1_5"
+_PHI_2 = "Microsoft Research, 12 December 2023, blog and the config.json of microsoft/phi-2"
+
+PUBLISHED: tuple[Published, ...] = (
+    Published(name="LLaMA 7B", family="llama", config=_llama(4096, 11008, 32, 32, 32, 1e-6, 2048),
+              parameters=6_738_415_616, printed="6.7B", source=_LLAMA_1),
+    Published(name="LLaMA 13B", family="llama", config=_llama(5120, 13824, 40, 40, 40, 1e-6, 2048),
+              parameters=13_015_864_320, printed="13.0B", source=_LLAMA_1),
+    Published(name="LLaMA 33B", family="llama", config=_llama(6656, 17920, 60, 52, 52, 1e-6, 2048),
+              parameters=32_528_943_616, printed="32.5B", source=_LLAMA_1),
+    Published(name="LLaMA 65B", family="llama", config=_llama(8192, 22016, 80, 64, 64, 1e-6, 2048),
+              parameters=65_285_660_672, printed="65.2B", source=_LLAMA_1),
+    Published(name="Llama 2 7B", family="llama", config=_llama(4096, 11008, 32, 32, 32, 1e-5, 4096),
+              parameters=6_738_415_616, printed="7B", source=_LLAMA_2),
+    Published(name="Llama 2 13B", family="llama", config=_llama(5120, 13824, 40, 40, 40, 1e-5, 4096),
+              parameters=13_015_864_320, printed="13B", source=_LLAMA_2),
+    Published(name="Llama 2 70B", family="llama", config=_llama(8192, 28672, 80, 64, 8, 1e-5, 4096),
+              parameters=68_976_648_192, printed="70B", source=_LLAMA_2),
+    Published(name="Phi-1", family="phi", config=_phi(2048, 24, 0.5),
+              parameters=1_418_270_720, printed="1.3B", omitted=_ONE_TABLE, source=_PHI_1),
+    Published(name="Phi-1.5", family="phi", config=_phi(2048, 24, 0.5),
+              parameters=1_418_270_720, printed="1.3B", omitted=_ONE_TABLE, source=_PHI_15),
+    Published(name="Phi-2", family="phi", config=_phi(2560, 32, 0.4),
+              parameters=2_779_683_840, printed="2.7B", source=_PHI_2),
+)  # fmt: skip

@@ -1,0 +1,114 @@
+"""The published sizes are those of Hugging Face's models and of the reference, and what the papers print.
+
+Everything is built on the meta device: no memory is used for the 65 billion parameters.
+"""
+
+import json
+import math
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+
+from conformance.families import FAMILIES, get
+from conformance.sizes import PUBLISHED, Published, read_figure
+
+every_model = pytest.mark.parametrize("model", PUBLISHED, ids=lambda model: model.name)
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes_of(model: torch.nn.Module) -> Shapes:
+    """Every parameter once, by its first name."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def count(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def reference(model: Published) -> Shapes:
+    from reference_impl.checkpoint import FAMILIES
+
+    module_name, config_class, model_class = FAMILIES[model.config["model_type"]]
+    module = import_module(module_name)
+    config = getattr(module, config_class).from_dict(model.config)
+    with torch.device("meta"):
+        return shapes_of(getattr(module, model_class)(config))
+
+
+def hugging_face(model: Published) -> Shapes:
+    transformers = pytest.importorskip("transformers")
+    architecture: Any = getattr(transformers, get(model.family).oracle, None)
+    if architecture is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {get(model.family).oracle}")
+    with torch.device("meta"):
+        return shapes_of(architecture(architecture.config_class.from_dict(dict(model.config))))
+
+
+# --- the models -----------------------------------------------------------------------------------------------------
+
+
+@every_model
+def test_reference_has_the_parameters_of_hugging_face_by_name_and_shape(model: Published) -> None:
+    assert reference(model) == hugging_face(model)
+
+
+@every_model
+def test_both_have_as_many_parameters_as_are_stated(model: Published) -> None:
+    assert count(reference(model)) == model.parameters
+    assert count(hugging_face(model)) == model.parameters
+
+
+@every_model
+def test_family_says_that_a_checkpoint_holds_these_tensors(model: Published) -> None:
+    assert get(model.family).tensor_shapes(dict(model.config)) == reference(model)
+
+
+@every_model
+def test_paper_prints_this_number_rounded_or_cut(model: Published) -> None:
+    shapes = reference(model)
+    printed, last_digit = read_figure(model.printed)
+    counted = model.parameters - sum(math.prod(shapes[name]) for name in model.omitted)
+    assert abs(counted - printed) < last_digit
+
+
+@pytest.mark.parametrize("model", [m for m in PUBLISHED if m.omitted], ids=lambda model: model.name)
+def test_nothing_is_omitted_without_need(model: Published) -> None:
+    printed, last_digit = read_figure(model.printed)
+    assert abs(model.parameters - printed) >= last_digit
+
+
+@pytest.mark.parametrize("model", [m for m in PUBLISHED if m.family == "llama"], ids=lambda model: model.name)
+def test_llama_feed_forward_width_is_two_thirds_of_four_times_the_width_rounded_up(model: Published) -> None:
+    width = 2 * 4 * model.config["hidden_size"] // 3
+    multiple = 256
+    if model.name == "Llama 2 70B":
+        width, multiple = int(1.3 * width), 4096
+    assert model.config["intermediate_size"] == -(-width // multiple) * multiple
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+@every_model
+def test_entry_belongs_to_a_family_names_its_source_and_is_json(model: Published) -> None:
+    assert model.family in FAMILIES
+    assert model.source
+    assert json.loads(json.dumps(dict(model.config))) == dict(model.config)
+
+
+def test_names_are_unique() -> None:
+    assert len({model.name for model in PUBLISHED}) == len(PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    ("printed", "number", "last_digit"),
+    [
+        ("6.7B", 6.7e9, 1e8), ("13.0B", 13e9, 1e8), ("13B", 13e9, 1e9), ("70B", 70e9, 1e10), ("175.0B", 175e9, 1e8),
+        ("124M", 124e6, 1e6), ("1.5T", 1.5e12, 1e11),
+    ],
+)  # fmt: skip
+def test_figure_is_read_with_its_precision(printed: str, number: float, last_digit: float) -> None:
+    assert read_figure(printed) == pytest.approx((number, last_digit), rel=1e-12)
