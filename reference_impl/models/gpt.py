@@ -15,7 +15,7 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from reference_impl.config import KEYS_WITHOUT_EFFECT, read_fields, require_divisible, require_positive
+from reference_impl.config import read_fields, require_divisible, require_model_type, require_positive
 from reference_impl.nn import masks
 from reference_impl.nn.feed_forward import Conv1DFeedForward
 from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
@@ -23,11 +23,13 @@ from reference_impl.nn.norm import LayerNorm
 from reference_impl.nn.positions import LearnedPositions
 from reference_impl.nn.self_attention import SelfAttention
 
-# Keys of config.json that say nothing about what a forward pass computes; n_ctx is an old name of n_positions. Hugging
-# Face also reads max_position_embeddings as n_positions, so that it must not be passed over.
-WITHOUT_EFFECT = (KEYS_WITHOUT_EFFECT - {"max_position_embeddings"}) | {
-    "attn_pdrop", "embd_pdrop", "n_ctx", "n_special", "predict_special_tokens", "resid_pdrop", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
+# Keys of config.json that say nothing about what a forward pass computes; n_ctx is an old name of n_positions.
+KEYS_WITHOUT_EFFECT = {
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_pdrop", "bos_token_id", "dtype",
+    "embd_pdrop", "eos_token_id", "id2label", "initializer_range", "label2id", "model_type", "n_ctx", "n_special",
+    "output_attentions", "output_hidden_states", "pad_token_id", "predict_special_tokens", "problem_type",
+    "resid_pdrop", "return_dict", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "summary_type", "summary_use_proj", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 
 # afn → the activation that it means. Here "gelu" is the tanh form, which other families call "gelu_new".
@@ -71,7 +73,8 @@ class GPTConfig:
         Raises:
             ValueError: not a GPT, a key that could change the result is unknown, or a value is not valid.
         """
-        return cls(**read_fields(cls, config, model_type="openai-gpt", without_effect=WITHOUT_EFFECT, elsewhere=set()))
+        require_model_type(config, "openai-gpt")
+        return cls(**read_fields(cls, config, elsewhere=KEYS_WITHOUT_EFFECT))
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json."""

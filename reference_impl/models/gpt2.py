@@ -15,7 +15,7 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from reference_impl.config import DERIVED, KEYS_WITHOUT_EFFECT, read_fields, require_divisible, require_positive
+from reference_impl.config import DERIVED, read_fields, require_divisible, require_model_type, require_positive
 from reference_impl.nn import attention as core
 from reference_impl.nn import masks
 from reference_impl.nn.feed_forward import Conv1DFeedForward, activation
@@ -24,11 +24,13 @@ from reference_impl.nn.norm import LayerNorm
 from reference_impl.nn.positions import LearnedPositions
 from reference_impl.nn.self_attention import SelfAttention
 
-# Keys of config.json that say nothing about what a forward pass computes; n_ctx is an old name of n_positions. Hugging
-# Face also reads max_position_embeddings as n_positions, so that it must not be passed over.
-WITHOUT_EFFECT = (KEYS_WITHOUT_EFFECT - {"max_position_embeddings"}) | {
-    "attn_pdrop", "embd_pdrop", "gradient_checkpointing", "n_ctx", "resid_pdrop", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
+# Keys of config.json that say nothing about what a forward pass computes; n_ctx is an old name of n_positions.
+KEYS_WITHOUT_EFFECT = {
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_pdrop", "bos_token_id", "dtype",
+    "embd_pdrop", "eos_token_id", "gradient_checkpointing", "id2label", "initializer_range", "label2id", "model_type",
+    "n_ctx", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "resid_pdrop", "return_dict",
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 
 
@@ -78,10 +80,10 @@ class GPT2Config:
         Raises:
             ValueError: not a GPT-2, a key that could change the result is unknown, or a value is not valid.
         """
+        require_model_type(config, "gpt2")
         if config.get("add_cross_attention", False):
             raise ValueError("add_cross_attention=True is not implemented; only a decoder that stands alone is")
-        fixed = {"add_cross_attention"}
-        return cls(**read_fields(cls, config, model_type="gpt2", without_effect=WITHOUT_EFFECT, elsewhere=fixed))
+        return cls(**read_fields(cls, config, elsewhere=KEYS_WITHOUT_EFFECT | {"add_cross_attention"}))
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json."""

@@ -17,7 +17,7 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from reference_impl.config import DERIVED, KEYS_WITHOUT_EFFECT, read_fields, require_divisible, require_positive
+from reference_impl.config import DERIVED, read_fields, require_divisible, require_model_type, require_positive
 from reference_impl.nn import masks
 from reference_impl.nn.feed_forward import Conv1DFeedForward, activation
 from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
@@ -26,7 +26,10 @@ from reference_impl.nn.positions import LearnedPositions
 from reference_impl.nn.self_attention import SelfAttention
 
 # Keys of config.json that say nothing about what a forward pass computes.
-WITHOUT_EFFECT = (KEYS_WITHOUT_EFFECT - {"max_position_embeddings"}) | {"attn_pdrop", "embd_pdrop", "resid_pdrop"}
+KEYS_WITHOUT_EFFECT = {
+    "architectures", "attn_pdrop", "bos_token_id", "embd_pdrop", "eos_token_id", "initializer_range", "model_type",
+    "pad_token_id", "resid_pdrop", "torch_dtype",
+}  # fmt: skip
 
 # What a block's queries may see: all tokens before them, or the last `window_size`.
 KINDS = ("dense", "banded")
@@ -84,8 +87,8 @@ class GPT3Config:
         Raises:
             ValueError: not a GPT-3, a key that could change the result is unknown, or a value is not valid.
         """
-        own = {"attention_pattern"}
-        values = read_fields(cls, config, model_type="gpt3", without_effect=WITHOUT_EFFECT, elsewhere=own)
+        require_model_type(config, "gpt3")
+        values = read_fields(cls, config, elsewhere=KEYS_WITHOUT_EFFECT | {"attention_pattern"})
         pattern = config.get("attention_pattern", cls.attention_pattern)
         if not isinstance(pattern, list | tuple):
             raise ValueError(f"attention_pattern={pattern!r} must be a list of 'dense' and 'banded'")

@@ -15,15 +15,22 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from reference_impl.config import DERIVED, KEYS_WITHOUT_EFFECT, read_fields, require_divisible, require_positive
+from reference_impl.config import (
+    DERIVED,
+    WITHOUT_EFFECT,
+    read_fields,
+    require_divisible,
+    require_model_type,
+    require_positive,
+)
 from reference_impl.nn import masks, rotary
 from reference_impl.nn.attention import GroupedQueryAttention
 from reference_impl.nn.feed_forward import GatedFeedForward, activation
 from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
 from reference_impl.nn.norm import RMSNorm
 
-# Keys of a Llama's config.json that change nothing, beside those of every family.
-WITHOUT_EFFECT = KEYS_WITHOUT_EFFECT | {"max_sequence_length", "pretraining_tp"}
+# Keys of Llama's config.json that say nothing about what a forward pass computes, beside those of every family.
+KEYS_WITHOUT_EFFECT = WITHOUT_EFFECT | {"max_sequence_length", "pretraining_tp"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +88,8 @@ class LlamaConfig:
         Raises:
             ValueError: not a Llama, a key that could change the result is unknown, or a value is not valid.
         """
-        rope = {"rope_theta", "rope_scaling", "rope_parameters"}
-        values = read_fields(cls, config, model_type="llama", without_effect=WITHOUT_EFFECT, elsewhere=rope)
+        require_model_type(config, "llama")
+        values = read_fields(cls, config, elsewhere=KEYS_WITHOUT_EFFECT | rotary.KEYS)
         rope_theta, rope_scaling = rotary.read_rope(config, default_theta=cls.rope_theta)
         return cls(**values, rope_theta=rope_theta, rope_scaling=rope_scaling)
 
@@ -154,7 +161,7 @@ class LlamaModel(nn.Module):
         real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
         if cache is not None:
             real = cache.extended(real)  # (B, S)
-        position_ids = masks.given_positions(position_ids, real, input_ids)  # (B or 1, T)
+        position_ids = masks.resolve_positions(position_ids, input_ids, real)  # (B or 1, T)
         mask = masks.visible_keys(real, num_queries=seq)  # (B, 1, T, S)
 
         x: Tensor = self.embed_tokens(input_ids)  # (B, T, hidden)

@@ -17,23 +17,27 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from reference_impl.config import DERIVED, KEYS_WITHOUT_EFFECT, read_fields, require_divisible, require_positive
+from reference_impl.config import (
+    DERIVED,
+    WITHOUT_EFFECT,
+    read_fields,
+    require_divisible,
+    require_model_type,
+    require_positive,
+)
 from reference_impl.nn import masks, rotary
 from reference_impl.nn.attention import AttentionKernel, merge_heads, split_heads
-from reference_impl.nn.feed_forward import FeedForward, activation
+from reference_impl.nn.feed_forward import BiasedFeedForward, activation
 from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
 from reference_impl.nn.norm import LayerNorm
 
-# Keys of a Phi's config.json that change nothing, beside those of every family.
-WITHOUT_EFFECT = KEYS_WITHOUT_EFFECT | {"embd_pdrop", "resid_pdrop"}
+# Keys of Phi's config.json that say nothing about what a forward pass computes, beside those of every family.
+KEYS_WITHOUT_EFFECT = WITHOUT_EFFECT | {"embd_pdrop", "resid_pdrop"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhiConfig:
-    """The keys of config.json that decide what Phi computes, with Hugging Face's defaults: those of Phi-1 and 1.5.
-
-    Raises ValueError where a value is out of range or two do not fit together.
-    """
+    """The keys of config.json that decide what Phi computes, with Hugging Face's defaults (Phi-1 and 1.5)."""
 
     # Number of token ids.
     vocab_size: int = 51200
@@ -92,9 +96,9 @@ class PhiConfig:
         Raises:
             ValueError: not a Phi, a key that could change the result is unknown, or a value is not valid.
         """
+        require_model_type(config, "phi")
         partial = {"partial_rotary_factor"}
-        rope = {"rope_theta", "rope_scaling", "rope_parameters"} | partial
-        values = read_fields(cls, config, model_type="phi", without_effect=WITHOUT_EFFECT, elsewhere=rope)
+        values = read_fields(cls, config, elsewhere=KEYS_WITHOUT_EFFECT | rotary.KEYS | partial)
         theta, scaling = rotary.read_rope(config, default_theta=cls.rope_theta, elsewhere=partial)
         factor = rotary.read_number(config, "partial_rotary_factor", default=cls.partial_rotary_factor)
         return cls(**values, rope_theta=theta, rope_scaling=scaling, partial_rotary_factor=factor)
@@ -160,15 +164,14 @@ class PhiDecoderLayer(nn.Module):
         n = LayerNorm(x)
         y = x + Attention(n) + FeedForward(n)
 
-    The parallel form of Wang & Komatsuzaki 2021 (GPT-J); PaLM (arXiv:2204.02311), section 2. There is one norm, and the
-    feed-forward block does not see what attention found.
+    The parallel form of Wang & Komatsuzaki 2021 (GPT-J); PaLM (arXiv:2204.02311), section 2. One norm serves both.
     """
 
     def __init__(self, config: PhiConfig, attention: str) -> None:
         super().__init__()
         self.input_layernorm = LayerNorm(hidden_size=config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = PhiAttention(config, attention)
-        self.mlp = FeedForward(
+        self.mlp = BiasedFeedForward(
             hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, hidden_act=config.hidden_act
         )
 
@@ -206,9 +209,8 @@ class PhiModel(nn.Module):
         real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
         if cache is not None:
             real = cache.extended(real)  # (B, S)
-        position_ids = masks.given_positions(position_ids, real, input_ids)  # (B or 1, T)
+        position_ids = masks.resolve_positions(position_ids, input_ids, real)  # (B or 1, T)
         mask = masks.visible_keys(real, num_queries=seq)  # (B, 1, T, S)
-
         x: Tensor = self.embed_tokens(input_ids)  # (B, T, hidden)
         cos, sin = rotary.tables(position_ids, config.rotary_dim, config.rope_theta, config.rope_scaling, dtype=x.dtype)
         layer_caches = [None] * len(self.layers) if cache is None else cache.layers

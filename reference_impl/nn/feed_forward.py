@@ -1,4 +1,4 @@
-"""The feed-forward blocks, plain and gated (SwiGLU), and the activations that config.json can name."""
+"""The feed-forward block, gated (SwiGLU and its relatives) or plain, and the activations that config.json can name."""
 
 from collections.abc import Callable
 
@@ -60,8 +60,8 @@ class GatedFeedForward(nn.Module):
         return output
 
 
-class FeedForward(nn.Module):
-    """One projection up, an activation, and one projection down, both with a bias.
+class BiasedFeedForward(nn.Module):
+    """One projection up, an activation, and one projection down, both with a bias (Phi).
 
         y = act(x W₁ + b₁) W₂ + b₂
 

@@ -41,19 +41,21 @@ def positions(real: Bool[Tensor, "batch keys"], *, num_queries: int) -> Int[Tens
     return all_positions[:, real.shape[1] - num_queries :]  # (B, T)
 
 
-def given_positions(
-    position_ids: Int[Tensor, "..."] | None, real: Bool[Tensor, "batch keys"], input_ids: Int[Tensor, "batch seq"]
+def resolve_positions(
+    position_ids: Int[Tensor, "#batch #seq"] | None,
+    input_ids: Int[Tensor, "batch seq"],
+    real: Bool[Tensor, "batch keys"],
 ) -> Int[Tensor, "#batch seq"]:
-    """The positions that a caller gave, or, where he gave none, those of `positions`.
+    """The given positions of `input_ids`, which are the last tokens of `real`; by default those of `positions`.
 
     Raises:
-        ValueError: their shape is neither that of `input_ids` nor one row of it.
+        ValueError: the given positions have neither the shape of `input_ids` nor that of one row for all.
     """
-    batch, seq = input_ids.shape
+    seq = input_ids.shape[1]
     if position_ids is None:
         return positions(real, num_queries=seq)
-    if position_ids.shape not in ((batch, seq), (1, seq)):
-        shapes = f"{tuple(position_ids.shape)} and input_ids {(batch, seq)}"
+    if position_ids.shape not in (input_ids.shape, (1, seq)):
+        shapes = f"{tuple(position_ids.shape)} and input_ids {tuple(input_ids.shape)}"
         raise ValueError(f"position_ids has shape {shapes}: give one position a token, or one row for all")
     return position_ids
 

@@ -1,4 +1,4 @@
-"""The norms: RMSNorm (Llama, Mistral, Mixtral) and LayerNorm (GPT, GPT-2, GPT-3, Phi)."""
+"""Normalisation of a vector: RMSNorm (Llama, Mistral, Mixtral) and LayerNorm (GPT, GPT-2, GPT-3, Phi)."""
 
 import torch
 from jaxtyping import Float
@@ -39,15 +39,14 @@ class RMSNorm(nn.Module):
 def layer_norm(
     x: Float[Tensor, "*batch hidden"], weight: Float[Tensor, "hidden"], bias: Float[Tensor, "hidden"], eps: float
 ) -> Float[Tensor, "*batch hidden"]:
-    """Moves a vector to mean 0 and variance 1, then scales and shifts each element.
+    """Centres a vector and divides it by its standard deviation, then scales and shifts each element.
 
-        y_i = g_i · (x_i − μ) / √(σ² + ε) + b_i,   μ = (1/n) Σ_j x_j,   σ² = (1/n) Σ_j (x_j − μ)²
+        μ = (1/n) Σ_j x_j,   σ² = (1/n) Σ_j (x_j − μ)²,   y_i = g_i · (x_i − μ) / √(σ² + ε) + b_i
 
-    Ba et al. 2016 (arXiv:1607.06450), equations 3 and 4: a → `x`, g → `weight`, b → `bias`, H → n, hidden. The variance
-    is divided by n, not n − 1. `eps` (ε) is not in the paper; it is added to the variance, inside the root.
+    Ba et al. 2016 (arXiv:1607.06450), equation 4: a → `x`, g → `weight`, b → `bias`, H → hidden. The variance divides
+    by n, not by n − 1. `eps` (ε) is not in the paper; it is added to the variance, inside the root.
 
-    Arithmetic is in float32, or float64 for float64 input, scale and shift included; only the result is rounded to the
-    dtype of `x`.
+    Arithmetic is in float32, or float64 for float64 input; only the result is rounded to the dtype of `x`.
     """
     working = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = working - working.mean(dim=-1, keepdim=True)

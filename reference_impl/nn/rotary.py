@@ -46,6 +46,9 @@ class Llama3Scaling:
 
 RopeScaling = LinearScaling | Llama3Scaling | None
 
+# Keys of config.json that `read_rope` reads.
+KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
+
 # rope_type in config.json → the class that holds its parameters
 SCALINGS: dict[str, type[LinearScaling] | type[Llama3Scaling] | None] = {
     "default": None,

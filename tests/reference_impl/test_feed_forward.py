@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reference_impl.nn import feed_forward
-from reference_impl.nn.feed_forward import Conv1DFeedForward, FeedForward, GatedFeedForward
+from reference_impl.nn.feed_forward import BiasedFeedForward, Conv1DFeedForward, GatedFeedForward
 
 
 def gelu_tanh(x):
@@ -72,7 +72,7 @@ def test_the_activation_is_a_module_that_hooks_can_read():
 
 
 def test_the_plain_block_follows_its_equation():
-    block = FeedForward(hidden_size=3, intermediate_size=4, hidden_act="gelu_new").double()
+    block = BiasedFeedForward(hidden_size=3, intermediate_size=4, hidden_act="gelu_new").double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in block.parameters():
@@ -92,7 +92,7 @@ def test_the_plain_block_follows_its_equation():
 
 
 def test_the_activation_of_the_plain_block_is_a_module_that_hooks_can_read():
-    block = FeedForward(hidden_size=3, intermediate_size=4, hidden_act="relu")
+    block = BiasedFeedForward(hidden_size=3, intermediate_size=4, hidden_act="relu")
     seen = []
     block.activation_fn.register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
