@@ -132,7 +132,7 @@ class GPTModel(nn.Module):
         real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
         if cache is not None:
             real = cache.extended(real)  # (B, S)
-        position_ids = masks.given_positions(position_ids, real, input_ids)  # (B, T)
+        position_ids = masks.resolve_positions(position_ids, input_ids, real)  # (B, T)
         mask = masks.visible_keys(real, num_queries=input_ids.shape[1])  # (B, 1, T, S)
 
         x: Tensor = self.tokens_embed(input_ids) + self.positions_embed(position_ids)  # (B, T, hidden)

@@ -167,7 +167,7 @@ class GPT3Model(nn.Module):
         real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
         if cache is not None:
             real = cache.extended(real)  # (B, S)
-        position_ids = masks.given_positions(position_ids, real, input_ids)  # (B, T)
+        position_ids = masks.resolve_positions(position_ids, input_ids, real)  # (B, T)
         mask_of = block_masks(self.config, real, num_queries=input_ids.shape[1])
 
         x: Tensor = self.wte(input_ids) + self.wpe(position_ids)  # (B, T, hidden)

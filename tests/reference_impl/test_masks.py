@@ -71,25 +71,25 @@ def test_each_row_of_a_batch_has_its_own_padding():
 def test_given_positions_are_used():
     given = torch.tensor([[7, 3]])
     ids = torch.zeros(1, 2, dtype=torch.long)
-    assert masks.given_positions(given, torch.ones(1, 5, dtype=torch.bool), ids) is given
+    assert masks.resolve_positions(given, ids, torch.ones(1, 5, dtype=torch.bool)) is given
 
 
 def test_one_row_of_positions_may_serve_all():
     given = torch.tensor([[7, 3]])
     ids = torch.zeros(4, 2, dtype=torch.long)
-    assert masks.given_positions(given, torch.ones(4, 2, dtype=torch.bool), ids) is given
+    assert masks.resolve_positions(given, ids, torch.ones(4, 2, dtype=torch.bool)) is given
 
 
 def test_absent_positions_count_real_tokens():
     real = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool()
     ids = torch.zeros(2, 2, dtype=torch.long)
-    assert masks.given_positions(None, real, ids).tolist() == [[1, 2], [2, 3]]
+    assert masks.resolve_positions(None, ids, real).tolist() == [[1, 2], [2, 3]]
 
 
 def test_positions_of_another_shape_are_refused_with_both_shapes():
     ids = torch.zeros(3, 2, dtype=torch.long)
     with pytest.raises(ValueError, match=r"position_ids has shape \(2, 2\) and input_ids \(3, 2\)"):
-        masks.given_positions(torch.zeros(2, 2, dtype=torch.long), torch.ones(3, 2, dtype=torch.bool), ids)
+        masks.resolve_positions(torch.zeros(2, 2, dtype=torch.long), ids, torch.ones(3, 2, dtype=torch.bool))
 
 
 def windowed(real, *, num_queries, sliding_window):
