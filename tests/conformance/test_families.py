@@ -331,7 +331,8 @@ def test_every_claim_is_of_a_check_that_exists_in_dtypes_that_exist(recipe: Reci
 
 
 def test_every_check_is_claimed_by_some_case() -> None:
-    assert {check for recipe in FAMILY.recipes for check in recipe.claims} == set(checks())
+    of_models = {check for check in checks() if not check.startswith("component.")}
+    assert {check for recipe in FAMILY.recipes for check in recipe.claims} == of_models
 
 
 STORED_FOR = {
@@ -487,5 +488,5 @@ def test_family_is_found_by_its_name(name: str) -> None:
 
 
 def test_unknown_family_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match="unknown family 'lama'; there is llama"):
+    with pytest.raises(ValueError, match=r"unknown family 'lama'; there is .*\bllama\b"):
         get("lama")
