@@ -187,7 +187,8 @@ class Case:
 
     def counterfactuals(self, what: str = "logits") -> "dict[str, Tensor]":
         """A value as the mistakes that the case knows give it, the plainest mistake first: label -> value."""
-        return {label: self.expected[f"counterfactual.{label}.{what}"] for label in self.provenance["movement"]}
+        keys = {label: f"counterfactual.{label}.{what}" for label in self.provenance["movement"]}
+        return {label: self.expected[key] for label, key in keys.items() if key in self.expected}
 
     @property
     def rows(self) -> slice:

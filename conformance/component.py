@@ -4,6 +4,9 @@
 
     conformance run my_norm.py:rms_norm --family rms_norm
 
+Whatever the component, an argument called `weights` receives all weights of the case in a dict by name; layers and
+directions decide how many there are.
+
 An object with `load(checkpoint)` is given the settings (`checkpoint.config`) and the weights (`checkpoint.tensors()`);
 what it returns is called with whatever it declares, the inputs alone or weights and settings as well.
 """
@@ -21,7 +24,10 @@ if TYPE_CHECKING:
     from conformance.cases import Case
     from conformance.families import Component
 
-COTANGENT = "cotangent."
+# Inputs that are the suite's own: what a return is contracted with, and where it is compared.
+COTANGENT, COMPARED = "cotangent.", "compared."
+# The argument that takes all weights at once.
+WEIGHTS = "weights"
 
 
 class ComponentCandidate:
@@ -51,6 +57,7 @@ class ComponentCandidate:
             return known
         if any(p.kind is p.VAR_KEYWORD for p in parameters):
             return known
+        known.append(WEIGHTS)
         wanted = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
         foreign = [p.name for p in parameters if p.default is p.empty and p.name in set(wanted) - set(known)]
         if foreign:
@@ -59,13 +66,17 @@ class ComponentCandidate:
             )
         return [name for name in known if name in wanted]
 
+    def takes(self, tensor: str) -> bool:
+        """Whether the function is passed this input or weight, alone or among all weights."""
+        return tensor in self.passed or (WEIGHTS in self.passed and tensor in self.case.weights)
+
     def tensors(self) -> dict[str, Tensor]:
         """Fresh copies of all inputs and weights that are passed, floats in the dtype under judgement."""
         stored = {**self.case.inputs, **self.case.weights}
         return {
             name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
             for name, tensor in stored.items()
-            if not name.startswith(COTANGENT)
+            if not name.startswith((COTANGENT, COMPARED))
         }
 
     def cotangents(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -73,32 +84,45 @@ class ComponentCandidate:
         stored = {n.removeprefix(COTANGENT): t for n, t in self.case.inputs.items() if n.startswith(COTANGENT)}
         return {name: stored[name].to(self.device, self.dtype) for name in outputs if name in stored}
 
-    def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns by name, shapes and dtypes checked."""
+    def compared(self, name: str) -> Tensor | None:
+        """Where a return is compared, True over its first axes; None: everywhere."""
+        return self.case.inputs.get(COMPARED + name)
+
+    def __call__(self, tensors: dict[str, Tensor], sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+        """Returns by name, shapes and dtypes checked.
+
+        sizes: axis -> its size in this call, where it is not the case's.
+        """
         self.calls += 1
-        arguments = {**self.case.config, **tensors}
+        weights = {name: tensors[name] for name in self.case.weights if name in tensors}
+        arguments = {WEIGHTS: weights, **self.case.config, **tensors}
         with running(f"{self.family.name}(…)"):
             returned = self.function(**{name: arguments[name] for name in self.passed if name in arguments})
-        return {name: self._checked(name, value) for name, value in self._named(returned).items()}
+        return {name: self._checked(name, value, sizes or {}) for name, value in self._named(returned).items()}
 
     def _named(self, returned: Any) -> dict[str, Any]:
         names = [value.name for value in self.family.returns if not value.optional]
         known = {value.name for value in self.family.returns}
+        if set(names) <= set(getattr(returned, "_fields", ())):
+            returned = returned._asdict()
         if isinstance(returned, Mapping):
             if missing := [name for name in names if name not in returned]:
                 raise Misbehaviour(
                     "type", f"a dict with {sorted(returned)} was returned; {', '.join(missing)} is missing"
                 )
-            return {name: value for name, value in returned.items() if name in known}
+            # An optional return that this case does not hold is nobody's business
+            return {n: value for n, value in returned.items() if n in known and n in self.case.expected}
         values = list(flat(returned))
         if len(values) != len(names):
             raise Misbehaviour("type", f"{len(values)} values were returned, wanted {len(names)}: {', '.join(names)}")
         return dict(zip(names, values, strict=True))
 
-    def _checked(self, name: str, value: Any) -> Tensor:
+    def _checked(self, name: str, value: Any, sizes: Mapping[str, int]) -> Tensor:
         tensor, wanted = as_tensor(value, name), tuple(self.case.expected[name].shape)
+        axes = next(v.axes for v in self.family.returns if v.name == name)
+        if sizes:
+            wanted = tuple(sizes.get(axis, size) for axis, size in zip((axes or "").split(), wanted, strict=True))
         if tuple(tensor.shape) != wanted:
-            axes = next(v.axes for v in self.family.returns if v.name == name)
             raise Misbehaviour("shape", f"{name} of shape {tuple(tensor.shape)}, wanted {wanted} ({axes})")
         if not tensor.is_floating_point() or torch.finfo(tensor.dtype).eps > torch.finfo(self.dtype).eps:
             raise Misbehaviour("dtype", f"{name} in {tensor.dtype}, wanted {self.dtype} or finer")

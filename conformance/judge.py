@@ -163,7 +163,9 @@ class Judge:
                 (
                     label
                     for label, wrong in (known_mistakes or {}).items()
-                    if bounds.within(bounds.measure(got, wrong), self.dtype, oracle).passed
+                    if bounds.within(
+                        bounds.measure(kept_got, wrong if real is None else wrong[real]), self.dtype, oracle
+                    ).passed
                 ),
                 None,
             )

@@ -39,7 +39,10 @@ VOCABULARY: dict[str, str] = {
     "layers.N.feed_forward.activation": "activation function applied to the gate (to the up projection where there "
     "is no gate)",
     "layers.N.feed_forward.product": "activation times up, the input of the down projection",
-    "layers.N.feed_forward.output": "down projection",
+    "layers.N.feed_forward.router_logits": "scores of all experts, before any softmax",
+    "layers.N.feed_forward.routing_weights": "weights of the experts that a token is sent to, the heaviest first",
+    "layers.N.feed_forward.expert_outputs": "what a token's experts return, the heaviest first, not weighted",
+    "layers.N.feed_forward.output": "what the layer returns: the down projection, or the weighted sum of the experts",
     "layers.N.feed_forward.residual": "post-norm only: residual stream after the feed-forward was added",
     "layers.N.output": "residual stream after the block",
     "final_norm": "normalised output of the last block, the input of the head",
@@ -91,9 +94,10 @@ def at_module_boundaries(model: "Module", where: dict[str, tuple[str, str]]) -> 
 def canonical(
     family: "Family", config: "Config", values: "dict[str, Tensor]", batch: int, seq: int
 ) -> "dict[str, Tensor]":
-    """Bring collected probes into canonical order and axes (merged heads are split), float64 on the CPU."""
+    """Bring the collected probes into canonical order and axes (merged heads are split), float64 on the CPU."""
     sizes = family.probe_sizes(config, batch, seq)
     return {
         spec.name: values[spec.name].reshape([sizes[axis] for axis in spec.axes]).double().cpu()
         for spec in family.probes(config)
+        if spec.name in values
     }

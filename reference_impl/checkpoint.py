@@ -23,6 +23,8 @@ FAMILIES = {
     "gpt2": ("reference_impl.models.gpt2", "GPT2Config", "GPT2"),
     "gpt3": ("reference_impl.models.gpt3", "GPT3Config", "GPT3"),
     "llama": ("reference_impl.models.llama", "LlamaConfig", "Llama"),
+    "mistral": ("reference_impl.models.mistral", "MistralConfig", "Mistral"),
+    "mixtral": ("reference_impl.models.mixtral", "MixtralConfig", "Mixtral"),
     "openai-gpt": ("reference_impl.models.gpt", "GPTConfig", "GPT"),
     "phi": ("reference_impl.models.phi", "PhiConfig", "Phi"),
 }

@@ -11,8 +11,28 @@ from typing import Any
 
 from conformance.probes import ProbeSpec
 
-COMPONENTS = ("rms_norm",)
-MODELS = ("gpt", "gpt2", "gpt3", "llama", "phi")
+COMPONENTS = (
+    "rnn",
+    "lstm",
+    "gru",
+    "additive_attention",
+    "luong_attention",
+    "lstmn",
+    "rms_norm",
+    "layer_norm",
+    "activations",
+    "rotary",
+    "sinusoidal_positions",
+    "learned_positions",
+    "feed_forward",
+    "swiglu",
+    "multi_head_attention",
+    "sliding_window_attention",
+    "relative_attention",
+    "sparse_moe",
+    "switch_ffn",
+)
+MODELS = ("gpt", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi")
 FAMILIES = (*COMPONENTS, *MODELS)
 
 Config = dict[str, Any]
@@ -27,6 +47,7 @@ class Recipe:
     config: the content of config.json.
     weights: label of the weight draws; recipes with one label share every tensor of equal name and shape.
     batch, seq: shape of the token ids.
+    input_ids: the token ids themselves, where drawn ones would not do.
     claims: check -> dtypes.
     store: what the golden keeps beside logits and block outputs: "probes",
         "gradients", "blocks", "positions", "loss".
@@ -42,6 +63,7 @@ class Recipe:
     weights: str
     batch: int = 4
     seq: int = 11
+    input_ids: tuple[tuple[int, ...], ...] | None = None
     claims: Mapping[str, tuple[str, ...]]
     store: frozenset[str] = frozenset()
     last_rows: int | None = None
@@ -69,7 +91,8 @@ class Family:
     probes: config -> its probes in computational order.
     module_probes: config -> probe -> (hub module path, "input" or "output"), for probes that a module boundary shows.
     kernel_probes: config -> probe -> (path of the nn.Identity that shows it in reference_impl, its name in the
-        attention kernel: "query", "key", "scores", "weights", "context"), for probes inside the attention.
+        oracle's attention kernel, "query", "key", "scores", "weights", "context", or in its kernel of experts,
+        "routing_weights", "expert_outputs"), for probes inside these.
     block_checkpoint: config, weights, inputs of block N (batch, seq, hidden), N -> the configuration and weights of a
         one-layer checkpoint that feeds block N those inputs when it is given arange(batch · seq) as ids.
     probe_sizes: config, batch, seq -> size of every axis that the probes name.
@@ -125,6 +148,8 @@ class ComponentRecipe:
     settings: numbers and words, the content of config.json.
     weights, inputs: name -> shape of a drawn float tensor; or name -> a tensor's nested list (ids, lengths, positions).
     deviation: standard deviation of the drawn inputs, by name; 1 where nothing is said.
+    compared: a return -> nested list over its first axes, 1 where it is compared; without one, everywhere.  Padding
+        whose value no contract states is left out so.
     claims, field, counterfactuals: as in Recipe (label -> settings).
     """
 
@@ -134,6 +159,7 @@ class ComponentRecipe:
     weights: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     inputs: Mapping[str, Any]
     deviation: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    compared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     claims: Mapping[str, tuple[str, ...]]
     field: str | None = None
     counterfactuals: Mapping[str, Config] = dataclasses.field(default_factory=dict)
@@ -153,8 +179,11 @@ class Component:
     oracle: what decides, for people.
     truth: all tensors by name, settings -> returns by name, in the dtype that the tensors have; called in float64
         (under TrueDouble), and in the working dtypes to measure the oracle's own error unless `exact`.
-    exact: the oracle is plain float64 loops; it has no working dtype, and the component claims float64 only.
+    exact: the oracle is plain float64 loops; it has no working dtype, and the component claims float64 only.  A single
+        case may do without working dtypes as well: its claims say so.
     reference: "module:function" of reference_impl with the same argument names.
+    carried: a return -> the argument that takes it when the next piece of a sequence is fed; such a component can be
+        fed in pieces, cut and joined along the axis called "seq".
     """
 
     name: str
@@ -169,6 +198,12 @@ class Component:
     exact: bool = False
     reference: str
     fields: tuple[ConfigField, ...] = ()
+    carried: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """The names of all weights that any of its cases has."""
+        return frozenset(name for recipe in self.recipes for name in recipe.weights)
 
 
 def get(name: str) -> Any:

@@ -9,3 +9,5 @@ ALL: Claims = {
 }
 # One whose oracle is plain float64 loops.
 EXACT: Claims = {"component.outputs": ("float64",)}
+# The same, when the loops have gradients.
+EXACT_GRADIENTS: Claims = {**EXACT, "component.gradients": ("float64",)}

@@ -35,6 +35,11 @@ def without(claims: Claims, *checks: str) -> Claims:
     return {check: dtypes for check, dtypes in claims.items() if check not in checks}
 
 
+def only_in(dtypes: tuple[str, ...], claims: Claims) -> Claims:
+    """The claims in these dtypes alone."""
+    return {check: tuple(d for d in claimed if d in dtypes) for check, claimed in claims.items()}
+
+
 def field_case(
     family: str,
     field: str,

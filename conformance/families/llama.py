@@ -6,7 +6,7 @@ Oracle: `LlamaForCausalLM` of Hugging Face transformers at true double precision
 from functools import partial
 from typing import Any
 
-from conformance.families import Config, ConfigField, Family, Recipe
+from conformance.families import Config, ConfigField, Family, Recipe, llama_like
 from conformance.families.decoders import (
     FULL,
     MODEST,
@@ -14,10 +14,9 @@ from conformance.families.decoders import (
     block_checkpoint,
     field_case,
     kernel_probes,
-    kv_heads,
     rope_keys,
     without,
-)  # fmt: skip
+)
 from conformance.probes import ProbeSpec
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -26,10 +25,7 @@ _DEFAULT_THETA = 10000.0
 
 
 def _config(*, spelling: str | None = None, **changes: Any) -> Config:
-    """A small Llama at its defaults, then changed.
-
-    `rope` = {rope_type, rope_theta, …} is written in both spellings unless one is asked for.
-    """
+    """A small Llama at its defaults, then changed; the rotary settings in both spellings unless one is asked for."""
     rope = {"rope_type": "default", "rope_theta": _DEFAULT_THETA} | changes.pop("rope", {})
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -63,10 +59,6 @@ _OPTIONAL = (
 
 def _terse() -> Config:
     return {key: value for key, value in _config().items() if key not in _OPTIONAL}
-
-
-def _head_dim(config: Config) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 # --- cases ----------------------------------------------------------------------------------------------------------
@@ -201,112 +193,20 @@ def _recipes() -> tuple[Recipe, ...]:
 
 def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Hub name -> shape of everything a checkpoint holds (no lm_head when it is tied)."""
-    hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    queries, keys = config["num_attention_heads"] * _head_dim(config), kv_heads(config) * _head_dim(config)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
-    if not config.get("tie_word_embeddings", False):
-        shapes["lm_head.weight"] = (vocab, hidden)
-    attention_bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
-    projections = {
-        "self_attn.q_proj": (queries, hidden, attention_bias),
-        "self_attn.k_proj": (keys, hidden, attention_bias),
-        "self_attn.v_proj": (keys, hidden, attention_bias),
-        "self_attn.o_proj": (hidden, queries, attention_bias),
-        "mlp.gate_proj": (ffn, hidden, mlp_bias),
-        "mlp.up_proj": (ffn, hidden, mlp_bias),
-        "mlp.down_proj": (hidden, ffn, mlp_bias),
-    }
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        for name, (rows, columns, bias) in projections.items():
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
-    return shapes
+    attention = llama_like.attention_projections(config, bias=config.get("attention_bias", False))
+    feed_forward = llama_like.gated_projections(config, bias=config.get("mlp_bias", False))
+    return llama_like.tensor_shapes(config, attention | feed_forward)
 
 
 # --- probes ---------------------------------------------------------------------------------------------------------
 
 
 def probes(config: Config) -> list[ProbeSpec]:
-    """Llama's probes in computational order; heads are split into (kv_head, group) where a layout may split them."""
-    stream = ("batch", "seq", "hidden")
-    inner = ("batch", "seq", "intermediate")
-    specs = [ProbeSpec(name="embedding", axes=stream, parents=())]
-
-    def add(name: str, axes: tuple[str, ...], *parents: str) -> None:
-        specs.append(ProbeSpec(name=name, axes=axes, parents=parents))
-
-    block_input = "embedding"
-    for layer in range(config["num_hidden_layers"]):
-        a, f = f"layers.{layer}.attention.", f"layers.{layer}.feed_forward."
-        add(a + "norm", stream, block_input)
-        add(a + "query", ("batch", "seq", "kv_head", "group", "head_dim"), a + "norm")
-        add(a + "key", ("batch", "seq", "kv_head", "head_dim"), a + "norm")
-        add(a + "value", ("batch", "seq", "kv_head", "head_dim"), a + "norm")
-        add(a + "query_rotated", ("batch", "kv_head", "group", "seq", "head_dim"), a + "query")
-        add(a + "key_rotated", ("batch", "kv_head", "seq", "head_dim"), a + "key")
-        add(a + "scores", ("batch", "kv_head", "group", "seq", "key"), a + "query_rotated", a + "key_rotated")
-        add(a + "weights", ("batch", "kv_head", "group", "seq", "key"), a + "scores")
-        add(a + "context", ("batch", "seq", "kv_head", "group", "head_dim"), a + "weights", a + "value")
-        add(a + "output", stream, a + "context")
-        add(a + "residual", stream, a + "output", block_input)
-        add(f + "norm", stream, a + "residual")
-        add(f + "gate", inner, f + "norm")
-        add(f + "up", inner, f + "norm")
-        add(f + "activation", inner, f + "gate")
-        add(f + "product", inner, f + "activation", f + "up")
-        add(f + "output", stream, f + "product")
-        block_input = f"layers.{layer}.output"
-        add(block_input, stream, f + "output", a + "residual")
-    add("final_norm", stream, block_input)
-    add("logits", ("batch", "seq", "vocab"), "final_norm")
-    return specs
-
-
-def probe_sizes(config: Config, batch: int, seq: int) -> dict[str, int]:
-    """Axis name -> size, for the axes that `probes` uses."""
-    heads, keys = config["num_attention_heads"], kv_heads(config)
-    return {
-        "batch": batch, "seq": seq, "key": seq, "hidden": config["hidden_size"], "vocab": config["vocab_size"],
-        "intermediate": config["intermediate_size"], "kv_head": keys, "group": heads // keys,
-        "head_dim": _head_dim(config),
-    }  # fmt: skip
+    return llama_like.probes(config, llama_like.GATED)
 
 
 def module_probes(config: Config) -> dict[str, tuple[str, str]]:
-    """Probe -> (module path as the hub names it, "input" or "output").
-
-    What no module boundary shows is in `kernel_probes`.
-    """
-    found = {
-        "embedding": ("model.embed_tokens", "output"),
-        "final_norm": ("model.norm", "output"),
-        "logits": ("lm_head", "output"),
-    }
-    inside = {
-        "attention.norm": ("input_layernorm", "output"),
-        "attention.query": ("self_attn.q_proj", "output"),
-        "attention.key": ("self_attn.k_proj", "output"),
-        "attention.value": ("self_attn.v_proj", "output"),
-        "attention.context": ("self_attn.o_proj", "input"),
-        "attention.output": ("self_attn.o_proj", "output"),
-        "attention.residual": ("post_attention_layernorm", "input"),
-        "feed_forward.norm": ("post_attention_layernorm", "output"),
-        "feed_forward.gate": ("mlp.gate_proj", "output"),
-        "feed_forward.up": ("mlp.up_proj", "output"),
-        "feed_forward.activation": ("mlp.act_fn", "output"),
-        "feed_forward.product": ("mlp.down_proj", "input"),
-        "feed_forward.output": ("mlp.down_proj", "output"),
-        "output": ("", "output"),
-    }
-    for layer in range(config["num_hidden_layers"]):
-        for probe, (module, side) in inside.items():
-            path = f"model.layers.{layer}.{module}".rstrip(".")
-            found[f"layers.{layer}.{probe}"] = (path, side)
-    return found
+    return llama_like.module_probes(config, llama_like.GATED_MODULES)
 
 
 _EQUATIONS = r"""
@@ -346,7 +246,7 @@ FAMILY = Family(
     recipes=_recipes(),
     tensor_shapes=tensor_shapes,
     probes=probes,
-    probe_sizes=probe_sizes,
+    probe_sizes=llama_like.probe_sizes,
     module_probes=module_probes,
     kernel_probes=kernel_probes,
     block_checkpoint=partial(block_checkpoint, final_norm="model.norm"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conformance import bounds, draws
-from conformance.component import COTANGENT
+from conformance.component import COMPARED, COTANGENT
 from conformance.families import Component, ComponentRecipe, Config, get
 from conformance.golden.common import AGREEMENT, MOVEMENT, Derived, GoldenError
 from conformance.implementations import reference
@@ -40,6 +40,8 @@ def derive(recipe: ComponentRecipe) -> Derived:
     tensors = {**inputs, **weights}
     truth = _double_run(family.truth, tensors, recipe.settings)
     ours = _double_run(partial(reference.component, family), tensors, recipe.settings)
+    kept = {name: torch.tensor(where, dtype=torch.bool) for name, where in recipe.compared.items()}
+    truth, ours = ({n: _zeroed(t, kept.get(n)) for n, t in values.items()} for values in (truth, ours))
     agreement = {name: _agree(recipe, name, ours[name], value) for name, value in truth.items() if name in ours}
     if missing := {value.name for value in family.returns if not value.optional} - ours.keys():
         raise GoldenError(f"{recipe.name}: the reference does not return {', '.join(sorted(missing))}")
@@ -49,20 +51,30 @@ def derive(recipe: ComponentRecipe) -> Derived:
             if next(v for v in family.returns if v.name == name).optional:
                 continue
             label = f"{recipe.name.split('/')[0]}/cotangent/{name}/{'x'.join(map(str, value.shape))}"
-            inputs[COTANGENT + name] = draws.uniform(label, tuple(value.shape), 1.0)
+            inputs[COTANGENT + name] = _zeroed(draws.uniform(label, tuple(value.shape), 1.0), kept.get(name))
         expected |= _gradients(family, recipe, tensors, inputs)
-    noise = {} if family.exact else _noise(family, tensors, recipe.settings, truth)
-    movement = {}
+    works = any(dtype in bounds.UNIT_ROUNDOFF for dtypes in recipe.claims.values() for dtype in dtypes)
+    noise = {} if family.exact or not works else _noise(family, tensors, recipe.settings, truth, kept)
+    movement, optional = {}, {value.name for value in family.returns if value.optional}
     for label, settings in recipe.counterfactuals.items():
-        wrong = _double_run(family.truth, tensors, settings)
-        movement[label] = max(bounds.measure(wrong[name], value).max for name, value in truth.items())
+        wrong = {n: _zeroed(t, kept.get(n)) for n, t in _double_run(family.truth, tensors, settings).items()}
+        moved = {name: bounds.measure(wrong[name], value).max for name, value in truth.items()}
+        movement[label] = max(moved.values())
         if label == f"{recipe.field} ignored" and movement[label] < MOVEMENT:
             raise GoldenError(
                 f"{recipe.name}: ignoring {recipe.field} moves nothing by more than {movement[label]:.1e}"
             )
-        expected |= {f"counterfactual.{label}.{name}": value for name, value in wrong.items()}
+        # A mistake is recognised by what every candidate returns, and by what it changes of that
+        told = [name for name in moved if name not in optional and moved[name] > AGREEMENT]
+        expected |= {f"counterfactual.{label}.{name}": wrong[name] for name in told}
+    inputs |= {COMPARED + name: where for name, where in kept.items()}
     provenance = {"oracle_error": noise, "agreement_with_reference": agreement, "movement": movement}
     return Derived(weights, inputs, expected, provenance)
+
+
+def _zeroed(value: Tensor, kept: Tensor | None) -> Tensor:
+    """The value with 0 wherever it is not compared."""
+    return value if kept is None else value.masked_fill(~kept.view(*kept.shape, *[1] * (value.ndim - kept.ndim)), 0.0)
 
 
 def _double_run(function: Run, tensors: dict[str, Tensor], settings: Config) -> dict[str, Tensor]:
@@ -97,7 +109,11 @@ def _gradients(
 
 
 def _noise(
-    family: Component, tensors: dict[str, Tensor], settings: Config, truth: dict[str, Tensor]
+    family: Component,
+    tensors: dict[str, Tensor],
+    settings: Config,
+    truth: dict[str, Tensor],
+    kept: dict[str, Tensor],
 ) -> dict[str, dict[str, Any]]:
     """The oracle's own error by return and working dtype.  Raises: GoldenError if it is not finite."""
     noise: dict[str, dict[str, Any]] = {name: {} for name in truth}
@@ -106,7 +122,7 @@ def _noise(
         with torch.no_grad():
             outputs = family.truth(given, settings)
         for name, value in truth.items():
-            error = bounds.measure(outputs[name], value)
+            error = bounds.measure(_zeroed(outputs[name], kept.get(name)), value)
             if not (math.isfinite(error.max) and math.isfinite(error.rms)):
                 raise GoldenError(f"{family.name}: the oracle's error of {name} in {dtype} is not finite")
             noise[name][dtype] = error.to_json()

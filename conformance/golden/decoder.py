@@ -4,7 +4,7 @@ Every value that is stored has been compared with the reference; the reference d
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from conformance import bounds, draws
 from conformance.families import Config, Family, Recipe, get
+from conformance.golden import routing
 from conformance.golden.common import AGREEMENT, MOVEMENT, Derived, GoldenError
 from conformance.implementations import reference
 from conformance.oracles import oracle_class
@@ -32,14 +33,18 @@ def _factor(recipe: Recipe, name: str) -> float:
 
 
 def draw_inputs(recipe: Recipe) -> dict[str, Tensor]:
-    """Token ids (batch, seq), row lengths, junk ids for pads that no real token has, and positions that jump."""
+    """Token ids (batch, seq), row lengths, junk ids for pads that no real token has, and positions that jump.
+
+    The ids are drawn, unless the recipe states them.
+    """
     vocab, batch, seq = recipe.config["vocab_size"], recipe.batch, recipe.seq
     junk = max(2, vocab // 10)
 
     def draw(what: str, low: int, high: int) -> Tensor:
         return draws.integers(f"{recipe.name}/{what}", batch * seq, low, high).view(batch, seq)
 
-    inputs = {"input_ids": draw("input_ids", 0, vocab - junk - 1)}
+    chosen = recipe.input_ids
+    inputs = {"input_ids": torch.tensor(chosen) if chosen else draw("input_ids", 0, vocab - junk - 1)}
     if batch > 1:
         # all different, unsorted, the whole sequence and a single token among them
         lengths = [2 * seq // 3, seq, 1, seq // 3 + 1][:batch]
@@ -56,7 +61,8 @@ def derive(recipe: Recipe) -> Derived:
     """Everything that the case holds.
 
     Raises: GoldenError if the case does not deserve to be a golden: oracle and reference differ at any value, the
-    oracle differs from itself on padded batches, or the case's field hardly moves the logits.
+    oracle differs from itself on padded batches, the case's field hardly moves the logits, or rounding could change
+    which experts a token is sent to.
     """
     derivation = _Derivation(recipe)
     derivation.logits()
@@ -73,7 +79,7 @@ def derive(recipe: Recipe) -> Derived:
         "oracle_error": derivation.noise,
         "agreement_with_reference": derivation.agreement,
         "movement": movement,
-    }
+    } | ({"routing": derivation.routing} if derivation.routing else {})
     return Derived(derivation.weights, derivation.inputs, derivation.expected, provenance)
 
 
@@ -85,11 +91,16 @@ class _Derivation:
         self.family: Family = get(recipe.name.split("/")[0])
         self.weights, self.inputs = draw_weights(self.family, recipe), draw_inputs(recipe)
         self.ids = self.inputs["input_ids"]
+        self.rows = slice(None) if recipe.last_rows is None else slice(-recipe.last_rows, None)
         self.oracle = oracle_class(self.family)(self.family, recipe.config, self.weights)
         self.truth = self.oracle.logits(self.ids)
         self.expected: dict[str, Tensor] = {}
         self.noise: dict[str, dict[str, dict[str, float]]] = {}
         self.agreement: dict[str, float] = {}
+        self.routing: dict[str, Any] = {}
+        # Where rounding may change the choice of experts, only what is claimed; elsewhere every dtype can be judged.
+        self.routes = routing.has_router(self.family, recipe.config)
+        self.dtypes = self._claimed(*recipe.claims) if self.routes else list(bounds.UNIT_ROUNDOFF)
 
     def agree(self, kind: str, what: str, ours: Tensor, oracles: Tensor, scale: bounds.Error | None = None) -> None:
         """Keep the largest difference between reference and oracle by kind of value."""
@@ -101,10 +112,11 @@ class _Derivation:
         self.agreement[kind] = max(self.agreement.get(kind, 0.0), error)
 
     def logits(self) -> None:
-        rows = slice(None) if self.recipe.last_rows is None else slice(-self.recipe.last_rows, None)
-        self.expected["logits"] = self.truth[:, rows]
+        self.expected["logits"] = self.truth[:, self.rows]
         self.agree("logits", "logits", reference.logits(self.config, self.weights, self.ids), self.truth)
-        self.noise["logits"] = measure_noise(self.family, self.config, self.weights, self.ids, self.truth, rows)
+        self.noise["logits"] = measure_noise(
+            self.family, self.config, self.weights, self.ids, self.truth, self.dtypes, self.rows
+        )
 
     def positions(self) -> None:
         position_ids = self.inputs["position_ids"]
@@ -133,6 +145,7 @@ class _Derivation:
         ours = reference.probes(self.family, self.config, self.weights, self.ids)
         for name, probe in theirs.items():
             self.agree("probes", name, ours[name], probe)
+        self.routing = self._require_margins(self.config, self.weights, self.ids, theirs, self.dtypes)
         if "probes" in self.recipe.store:
             self.expected |= {f"probe.{name}": probe for name, probe in theirs.items() if name != "logits"}
         if "blocks" in self.recipe.store:
@@ -140,10 +153,25 @@ class _Derivation:
                 self._block(layer, *block)
 
     def _block(self, layer: int, config: Config, weights: dict[str, Tensor], ids: Tensor, block_input: Tensor) -> None:
-        truth = oracle_class(self.family)(self.family, config, weights).logits(ids)
+        oracle = oracle_class(self.family)(self.family, config, weights)
+        truth = oracle.logits(ids)
         self.agree("blocks", f"block {layer} alone", reference.logits(config, weights, ids), truth)
         self.expected |= {f"blocks.{layer}.input": block_input, f"blocks.{layer}.logits": truth}
-        self.noise[f"blocks.{layer}"] = measure_noise(self.family, config, weights, ids, truth)
+        dtypes = self.dtypes
+        if self.routes:
+            dtypes = self._claimed("golden.blocks")
+            self._require_margins(config, weights, ids, oracle.probes(ids), dtypes)
+        self.noise[f"blocks.{layer}"] = measure_noise(self.family, config, weights, ids, truth, dtypes)
+
+    def _claimed(self, *checks: str) -> list[str]:
+        """The working dtypes in which one of the checks is claimed."""
+        claimed = {dtype for check in checks for dtype in self.recipe.claims[check]}
+        return [dtype for dtype in bounds.UNIT_ROUNDOFF if dtype in claimed]
+
+    def _require_margins(
+        self, config: Config, weights: dict[str, Tensor], ids: Tensor, probes: dict[str, Tensor], dtypes: list[str]
+    ) -> dict[str, Any]:
+        return routing.require_margins(self.recipe.name, self.family, config, weights, ids, probes, dtypes)
 
     def _blocks(self, probes: dict[str, Tensor]) -> Iterator[tuple[Config, dict[str, Tensor], Tensor, Tensor]]:
         """One-layer checkpoints: (config, weights, ids, the block's input rounded to bfloat16, stored as float32)."""
@@ -173,25 +201,31 @@ class _Derivation:
             known = self.family.tensor_shapes(config)
             weights = {name: weight for name, weight in self.weights.items() if name in known}
             wrong = oracle_class(self.family)(self.family, config, weights).logits(self.ids)
-            movement[label] = bounds.measure(wrong, self.truth).max
+            movement[label] = bounds.measure(wrong[:, self.rows], self.truth[:, self.rows]).max
             if label == f"{self.recipe.field} ignored" and movement[label] < MOVEMENT:
                 raise GoldenError(
                     f"{self.recipe.name}: ignoring {self.recipe.field} moves the logits by {movement[label]:.1e} only; "
                     f"a field case needs {MOVEMENT:g}; choose a value further from the default"
                 )
-            self.expected[f"counterfactual.{label}.logits"] = wrong
+            self.expected[f"counterfactual.{label}.logits"] = wrong[:, self.rows]
         return movement
 
 
 def measure_noise(
-    family: Family, config: Config, weights: dict[str, Tensor], ids: Tensor, truth: Tensor, rows: slice = slice(None)
+    family: Family,
+    config: Config,
+    weights: dict[str, Tensor],
+    ids: Tensor,
+    truth: Tensor,
+    dtypes: Iterable[str] = tuple(bounds.UNIT_ROUNDOFF),
+    rows: slice = slice(None),
 ) -> dict[str, Any]:
-    """The oracle's own error in each working dtype: the largest over its kernels and over row by row.
+    """The oracle's own error in each of the dtypes: the largest over its kernels and over row by row.
 
     Raises: GoldenError if an error is not finite (the case overflows the dtype).
     """
     noise = {}
-    for name in bounds.UNIT_ROUNDOFF:
+    for name in dtypes:
         errors = []
         for kernel in family.oracle_kernels:
             model = oracle_class(family)(family, config, weights, dtype=getattr(torch, name), attention=kernel)

@@ -1,5 +1,6 @@
 """The installed Hugging Face transformers as a candidate, loaded from the checkpoint directory as a user loads it."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -7,8 +8,10 @@ import torch
 from torch import Tensor
 
 # Families whose model the installed transformers has, and those of them that it has no SDPA kernel for.
-HUB_FAMILIES = frozenset({"gpt", "gpt2", "llama", "phi"})
+HUB_FAMILIES = frozenset({"gpt", "gpt2", "llama", "mistral", "mixtral", "phi"})
 EAGER_ONLY = frozenset({"gpt"})
+# model_type -> how to load it. The default kernel of experts, grouped_mm, has no float64.
+SETTINGS = {"mixtral": {"experts_implementation": "eager"}}
 
 
 class HuggingFaceModels:
@@ -33,8 +36,9 @@ class HuggingFaceModels:
 
         logging.disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=checkpoint.dtype, attn_implementation=self.attention
-        )
+            checkpoint.path, dtype=checkpoint.dtype, attn_implementation=self.attention,
+            **SETTINGS.get(checkpoint.config["model_type"], {}),
+        )  # fmt: skip
         model = model.to(checkpoint.device).eval()
         # GPT would take a cache and ignore it
         has_cache = "past_key_values" in inspect.signature(model.forward).parameters
@@ -47,7 +51,7 @@ class Model(torch.nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         self.model = model
-        self.parameters = dict(model.named_parameters())  # type: ignore[assignment]  # by hub name
+        self.parameters = by_hub_name(model)  # type: ignore[assignment]
 
     def forward(
         self,
@@ -68,6 +72,31 @@ class CachingModel(Model):
 
     def session(self) -> "Session":
         return Session(self.model)
+
+
+def by_hub_name(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters under the names of the checkpoint.
+
+    Where the library fuses several into one in memory (experts), parameters with the parts' names stand for it: they
+    receive their share of its gradient as soon as it has one, cut up as the library does for saving.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found: dict[str, torch.nn.Parameter] = {}
+
+    def distribute(name: str, fused: torch.nn.Parameter) -> None:
+        for part, gradient in revert_weight_conversion(model, {name: fused.grad}).items():
+            found[part].grad = gradient.clone()
+        fused.grad = None
+
+    for name, parameter in model.named_parameters():
+        parts = revert_weight_conversion(model, {name: parameter.detach()})
+        if len(parts) == 1:
+            found[next(iter(parts))] = parameter
+        else:
+            found |= {part: torch.nn.Parameter(value) for part, value in parts.items()}
+            parameter.register_post_accumulate_grad_hook(functools.partial(distribute, name))
+    return found
 
 
 class Session:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from conformance.component import flat
+from conformance.component import WEIGHTS, flat
 from conformance.families import FAMILIES, get
 from conformance.oracles.true_double import TrueDouble
 from conformance.probes import at_module_boundaries, canonical
@@ -107,9 +107,14 @@ def component(family: "Component", tensors: dict[str, Tensor], settings: "Config
     """The returns of the reference's function for a component, by name, in the dtype of the tensors."""
     module, _, function = family.reference.partition(":")
     found = getattr(import_module(module), function)
-    arguments = {**settings, **tensors}
+    weights = {name: tensor for name, tensor in tensors.items() if name in family.weights}
+    arguments = {WEIGHTS: weights, **settings, **tensors}
     declared = inspect.signature(found).parameters
     returned = found(**{name: value for name, value in arguments.items() if name in declared})
+    if hasattr(returned, "named"):
+        returned = returned.named()
+    elif hasattr(returned, "_asdict"):
+        returned = returned._asdict()
     if isinstance(returned, dict):
         return returned
     names = [value.name for value in family.returns if not value.optional]

@@ -105,13 +105,20 @@ class HuggingFace:
             found[probe] = tapped[int(probe.split(".")[1])][quantity]
         return canonical(self.family, self.config, found, *input_ids.shape)
 
+    def at_boundaries(self, input_ids: Tensor, probes: list[str]) -> dict[str, Tensor]:
+        """Some probes that module boundaries show, in canonical axes; in any dtype and with any kernel."""
+        places = {probe: place for probe, place in self.module_probes().items() if probe in probes}
+        with torch.no_grad(), self._mode(), at_module_boundaries(self.model, places) as found:
+            self._call(input_ids, None, None)
+        return canonical(self.family, self.config, found, *input_ids.shape)
+
     def module_probes(self) -> dict[str, tuple[str, str]]:
         """Probe -> (path of the library's module, "input" or "output")."""
         return self.family.module_probes(self.config)
 
     def tapped(self) -> contextlib.AbstractContextManager[dict[int, dict[str, Tensor]]]:
         """While open, the attention kernels tell what they receive and return: layer -> quantity -> value."""
-        return _tapped(self.model)
+        return tapped_attention(self.model)
 
     def _call(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, **more: Any) -> Any:
         # With jumping positions and no mask the library takes a row for packed documents; a mask of ones says no.
@@ -128,7 +135,7 @@ def real_positions(attention_mask: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _tapped(model: torch.nn.Module) -> Iterator[dict[int, dict[str, Tensor]]]:
+def tapped_attention(model: torch.nn.Module) -> Iterator[dict[int, dict[str, Tensor]]]:
     """Switch the model to an attention kernel that also tells what it received and returned, layer by layer.
 
     Works for models on the library's attention interface.

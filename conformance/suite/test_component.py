@@ -1,11 +1,14 @@
 """Component checks: one function alone, called with the arguments that it declares."""
 
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from conformance import bounds
 from conformance.implementation import Misbehaviour, running
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from conformance.judge import Judge
 
 
@@ -19,7 +22,8 @@ def test_outputs(judge: "Judge") -> None:
             raise Misbehaviour("input changed", f"the function changed its argument {name} in place")
     for name, got in outputs.items():
         known = judge.case.counterfactuals(name)
-        judge.compare(got, judge.case.expected[name], noise=name, what=name, known_mistakes=known)
+        real = judge.candidate.compared(name)
+        judge.compare(got, judge.case.expected[name], real=real, noise=name, what=name, known_mistakes=known)
 
 
 def test_gradients(judge: "Judge") -> None:
@@ -30,7 +34,7 @@ def test_gradients(judge: "Judge") -> None:
     import torch
 
     stored = {n.removeprefix("gradient."): t for n, t in judge.case.expected.items() if n.startswith("gradient.")}
-    expected = {name: gradient for name, gradient in stored.items() if name in judge.candidate.passed}
+    expected = {name: gradient for name, gradient in stored.items() if judge.candidate.takes(name)}
     with judge.precision(gradients=True):
         given = judge.candidate.tensors()
         for name in expected:
@@ -44,3 +48,35 @@ def test_gradients(judge: "Judge") -> None:
         gradient = given[name].grad
         got = torch.zeros_like(given[name]) if gradient is None else gradient
         judge.compare(got, truth, what=f"gradients of {name}", scale=scale)
+
+
+def test_chunks(judge: "Judge") -> None:
+    """A sequence fed in pieces, each with the state that the piece before returned, gives what the whole one gives.
+
+    Plans: position by position; two, one and the rest.  What is returned along the sequence is joined; of every other
+    return the last piece's counts.
+    """
+    seq = judge.case.inputs["x"].shape[1]
+    for plan in ([1] * seq, [2, 1, seq - 3]):
+        for name, got in _fed(judge, plan).items():
+            judge.compare(got, judge.case.expected[name], noise=name, what=f"{name} in pieces of {plan}")
+
+
+def _fed(judge: "Judge", plan: list[int]) -> "dict[str, Tensor]":
+    """The returns by name of a sequence that is fed in pieces of the planned sizes."""
+    import torch
+
+    family = judge.candidate.family
+    along = {v.name: v.axes.split().index("seq") for v in (*family.arguments, *family.returns)
+             if v.axes and "seq" in v.axes.split()}  # fmt: skip
+    pieces: list[dict[str, Tensor]] = []
+    with judge.precision():
+        given = judge.candidate.tensors()
+        for start, size in zip(accumulate([0, *plan[:-1]]), plan, strict=True):
+            part = {n: t.narrow(along[n], start, size).clone() if n in along else t for n, t in given.items()}
+            pieces.append(judge.candidate(part, {"seq": size}))
+            given |= {argument: pieces[-1][name] for name, argument in family.carried.items()}
+        return {
+            name: torch.cat([piece[name] for piece in pieces], along[name]) if name in along else last
+            for name, last in pieces[-1].items()
+        }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -37,6 +38,47 @@ def gate(
     """act(gate) ⊗ up: the activation goes on the gate."""
     activated: Tensor = act_fn(gate_projection)
     return activated * up_projection
+
+
+def feed_forward(
+    x: Float[Tensor, "*batch hidden"],
+    linear1_weight: Float[Tensor, "ffn hidden"],
+    linear1_bias: Float[Tensor, "ffn"],
+    linear2_weight: Float[Tensor, "hidden ffn"],
+    linear2_bias: Float[Tensor, "hidden"],
+    hidden_act: str,
+) -> dict[str, Tensor]:
+    """One projection up, an activation, one projection down.
+
+        y = act(x W₁ + b₁) W₂ + b₂
+
+    Vaswani et al. 2017 (arXiv:1706.03762), equation 2, where act is ReLU: W₁, b₁ → linear1, W₂, b₂ → linear2, both
+    stored transposed, (out, in). Projections are in the dtype of `x`.
+
+    Returns: `y`, and on the way `projected` (x W₁ + b₁) and `activated`, both (*, ffn).
+    """
+    projected = F.linear(x, linear1_weight, linear1_bias)
+    activated: Tensor = activation(hidden_act)(projected)
+    return {"y": F.linear(activated, linear2_weight, linear2_bias), "projected": projected, "activated": activated}
+
+
+def swiglu(
+    x: Float[Tensor, "*batch hidden"],
+    gate_proj_weight: Float[Tensor, "ffn hidden"],
+    up_proj_weight: Float[Tensor, "ffn hidden"],
+    down_proj_weight: Float[Tensor, "hidden ffn"],
+    gate_proj_bias: Float[Tensor, "ffn"] | None = None,
+    up_proj_bias: Float[Tensor, "ffn"] | None = None,
+    down_proj_bias: Float[Tensor, "hidden"] | None = None,
+) -> dict[str, Tensor]:
+    """`GatedFeedForward` with SiLU, as a function of its weights.
+
+    Returns: `y`, and on the way `gate` (before the activation), `up` and `product`, all (*, ffn).
+    """
+    gate_projection, up = F.linear(x, gate_proj_weight, gate_proj_bias), F.linear(x, up_proj_weight, up_proj_bias)
+    product = gate(gate_projection, up, activation("silu"))
+    y = F.linear(product, down_proj_weight, down_proj_bias)
+    return {"y": y, "gate": gate_projection, "up": up, "product": product}
 
 
 class GatedFeedForward(nn.Module):

@@ -125,3 +125,43 @@ def test_padding_inside_a_text_does_not_narrow_the_window():
 def test_left_padding_does_not_move_the_window():
     real = torch.tensor([[0, 0, 1, 1, 1]]).bool()
     assert windowed(real, num_queries=2, sliding_window=2) == [[[[0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]]]
+
+
+def test_a_window_counts_the_query_itself():
+    real = torch.ones(1, 6).bool()
+    expected = torch.tensor(
+        [
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0],
+            [0, 1, 1, 1, 0, 0],
+            [0, 0, 1, 1, 1, 0],
+            [0, 0, 0, 1, 1, 1],
+        ]
+    ).bool()
+    assert torch.equal(masks.visible_keys(real, num_queries=6, sliding_window=3), expected[None, None])
+
+
+def test_a_window_of_one_shows_the_query_alone():
+    real = torch.ones(2, 4).bool()
+    expected = torch.eye(4).bool().expand(2, 1, 4, 4)
+    assert torch.equal(masks.visible_keys(real, num_queries=4, sliding_window=1), expected)
+
+
+def test_a_window_goes_back_into_the_cache():
+    real = torch.ones(1, 5).bool()
+    expected = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]).bool()
+    assert torch.equal(masks.visible_keys(real, num_queries=2, sliding_window=3), expected[None, None])
+
+
+def test_padding_takes_no_place_in_a_window():
+    """A row with padding inside, on the left, and none; the last two of six tokens, a window of 3."""
+    real = torch.tensor([[1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()
+    expected = torch.tensor(
+        [
+            [[1, 1, 0, 0, 1, 0], [0, 1, 0, 0, 1, 1]],
+            [[0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1]],
+            [[0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1]],
+        ]
+    ).bool()
+    assert torch.equal(masks.visible_keys(real, num_queries=2, sliding_window=3), expected[:, None])
