@@ -2,7 +2,8 @@
 
 A checkpoint of a published model has exactly these tensors; a port that builds fewer or more parameters has misread a
 size (a feed-forward width rounded the wrong way, a bias left out, a head that should be tied).  The counts are those of
-Hugging Face's classes, with which the reference agrees name by name (`tests/conformance/test_sizes.py`).
+Hugging Face's classes (GPT-3, which it lacks: of its GPT-2 at GPT-3's sizes), with which the reference agrees name by
+name (`tests/conformance/test_sizes.py`).
 
 A new model is one more entry; a config holds the keys that differ from the family's defaults or that the paper states.
 """
@@ -20,6 +21,7 @@ class Published:
     family: the family of this suite; its config.json is `config`.
     parameters: how many numbers the model learns, a tied table counted once.
     printed: the figure that the authors print, with their precision: "6.7B".  They round or cut.
+    contradicted: figures that the authors print elsewhere and that the count does not meet.
     omitted: parameters that the printed figure leaves out, by name.
     source: where sizes and figure stand.
     """
@@ -29,6 +31,7 @@ class Published:
     config: Mapping[str, Any]
     parameters: int
     printed: str
+    contradicted: tuple[str, ...] = ()
     omitted: tuple[str, ...] = ()
     source: str
 
@@ -45,6 +48,35 @@ def read_figure(printed: str) -> tuple[float, float]:
     whole, _, decimals = digits.partition(".")
     trailing_zeros = 0 if decimals else len(whole) - len(whole.rstrip("0"))
     return float(digits) * unit, unit * 10.0 ** (trailing_zeros - len(decimals))
+
+
+def _gpt(model_type: str, vocab: int, context: int, hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "vocab_size": vocab,
+        "n_positions": context,
+        "n_embd": hidden,
+        "n_layer": layers,
+        "n_head": heads,
+    }
+
+
+# 40,000 merges and 478 symbols to start from: 40,478 rows.  GPT's own paper prints no count; GPT-2's prints 117M for a
+# smallest model that it calls equivalent to GPT, and that is GPT's count.
+_GPT = (
+    "sizes: Radford et al. 2018, section 4.1; vocabulary: config.json of openai-community/openai-gpt; "
+    "figure: Radford et al. 2019, table 2"
+)
+# The paper's table 2 prints 117M, 345M, 762M and 1542M.  The README of openai/gpt-2 says that the paper's counts "were
+# wrong due to an error", not which.  All four are what the models would have with GPT's 40,478 rows instead of 50,257.
+_GPT_2 = (
+    "sizes: Radford et al. 2019, table 2 and section 2.3; heads: hparams.json of the published weights; "
+    "figure: the weights' names in openai/gpt-2"
+)
+# Table 2.1 prints 175.0B, its rounded name; table D.1 of the same paper prints 174,600 million, which is the count.
+_GPT_3 = "Brown et al. 2020, arXiv:2005.14165, table 2.1 and section 2.1; vocabulary of GPT-2; figure: table D.1"
+# The paper does not state the width of the band.  No parameter depends on it; one as wide as the context hides nothing.
+_GPT_3_BAND = {"attention_pattern": ["dense", "banded"], "window_size": 2048}
 
 
 def _llama(
@@ -69,6 +101,23 @@ _LLAMA_1 = "Touvron et al. 2023, arXiv:2302.13971, table 2 and section 2.2; widt
 _LLAMA_2 = "Touvron et al. 2023, arXiv:2307.09288, table 1; sizes from the params.json of the published weights"
 
 
+def _mistral(model_type: str, **more: Any) -> dict[str, Any]:
+    """The sizes that Mistral 7B shares with one expert of Mixtral 8x7B."""
+    return _llama(4096, 14336, 32, 32, 8, 1e-5, 32768) | {"model_type": model_type, **more}
+
+
+# The paper gives a context of 8192; config.json lets positions run to 32,768.  The announcement prints 7.3B.
+_MISTRAL = (
+    "sizes and figure: Jiang et al. 2023, arXiv:2310.06825, table 1 and abstract; "
+    "ε and context: config.json of mistralai/Mistral-7B-v0.1"
+)
+# Eight experts share attention, norms and tables, so that 8x7B is not 56B.  The paper prints 47B.
+_MIXTRAL = (
+    "sizes: Jiang et al. 2024, arXiv:2401.04088, table 1; ε and θ: config.json of mistralai/Mixtral-8x7B-v0.1; "
+    "figure: Mistral AI, 11 December 2023, Mixtral of experts"
+)
+
+
 def _phi(hidden: int, layers: int, partial_rotary_factor: float) -> dict[str, Any]:
     return {
         "model_type": "phi",
@@ -89,6 +138,18 @@ _PHI_15 = "Li et al. 2023, arXiv:2309.05463, section 2.1; vocabulary from the co
 _PHI_2 = "Microsoft Research, 12 December 2023, blog and the config.json of microsoft/phi-2"
 
 PUBLISHED: tuple[Published, ...] = (
+    Published(name="GPT", family="gpt", config=_gpt("openai-gpt", 40478, 512, 768, 12, 12),
+              parameters=116_534_784, printed="117M", source=_GPT),
+    Published(name="GPT-2 small", family="gpt2", config=_gpt("gpt2", 50257, 1024, 768, 12, 12),
+              parameters=124_439_808, printed="124M", contradicted=("117M",), source=_GPT_2),
+    Published(name="GPT-2 medium", family="gpt2", config=_gpt("gpt2", 50257, 1024, 1024, 24, 16),
+              parameters=354_823_168, printed="355M", contradicted=("345M",), source=_GPT_2),
+    Published(name="GPT-2 large", family="gpt2", config=_gpt("gpt2", 50257, 1024, 1280, 36, 20),
+              parameters=774_030_080, printed="774M", contradicted=("762M",), source=_GPT_2),
+    Published(name="GPT-2 XL", family="gpt2", config=_gpt("gpt2", 50257, 1024, 1600, 48, 25),
+              parameters=1_557_611_200, printed="1558M", contradicted=("1542M",), source=_GPT_2),
+    Published(name="GPT-3 175B", family="gpt3", config=_gpt("gpt3", 50257, 2048, 12288, 96, 96) | _GPT_3_BAND,
+              parameters=174_604_259_328, printed="174600M", contradicted=("175.0B",), source=_GPT_3),
     Published(name="LLaMA 7B", family="llama", config=_llama(4096, 11008, 32, 32, 32, 1e-6, 2048),
               parameters=6_738_415_616, printed="6.7B", source=_LLAMA_1),
     Published(name="LLaMA 13B", family="llama", config=_llama(5120, 13824, 40, 40, 40, 1e-6, 2048),
@@ -103,6 +164,11 @@ PUBLISHED: tuple[Published, ...] = (
               parameters=13_015_864_320, printed="13B", source=_LLAMA_2),
     Published(name="Llama 2 70B", family="llama", config=_llama(8192, 28672, 80, 64, 8, 1e-5, 4096),
               parameters=68_976_648_192, printed="70B", source=_LLAMA_2),
+    Published(name="Mistral 7B v0.1", family="mistral", config=_mistral("mistral", sliding_window=4096),
+              parameters=7_241_732_096, printed="7B", source=_MISTRAL),
+    Published(name="Mixtral 8x7B v0.1", family="mixtral",
+              config=_mistral("mixtral", num_local_experts=8, num_experts_per_tok=2, rope_theta=1e6),
+              parameters=46_702_792_704, printed="46.7B", source=_MIXTRAL),
     Published(name="Phi-1", family="phi", config=_phi(2048, 24, 0.5),
               parameters=1_418_270_720, printed="1.3B", omitted=_ONE_TABLE, source=_PHI_1),
     Published(name="Phi-1.5", family="phi", config=_phi(2048, 24, 0.5),

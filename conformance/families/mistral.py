@@ -85,12 +85,12 @@ def _window_mistakes(config: Config) -> dict[str, Config]:
 
 def _recipes() -> tuple[Recipe, ...]:
     distinct = _config(
-        hidden_size=34, head_dim=10, intermediate_size=28, num_key_value_heads=3, rms_norm_eps=1e-3, sliding_window=5,
+        hidden_size=26, head_dim=10, intermediate_size=20, num_key_value_heads=3, rms_norm_eps=1e-3, sliding_window=5,
         rope={"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0},
     )  # fmt: skip
     square = _config(hidden_size=24, intermediate_size=24, vocab_size=24, num_attention_heads=4, num_key_value_heads=4)
     window = _config(
-        hidden_size=34, head_dim=8, intermediate_size=26, num_hidden_layers=3, sliding_window=5,
+        hidden_size=26, head_dim=8, intermediate_size=20, num_hidden_layers=3, sliding_window=5,
     )  # fmt: skip
     unlimited = _config(
         hidden_size=32, num_attention_heads=2, num_key_value_heads=1, intermediate_size=36, sliding_window=None,

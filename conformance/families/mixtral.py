@@ -103,8 +103,9 @@ _BOTH_MOVED = {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}
 
 def _recipes() -> tuple[Recipe, ...]:
     distinct = _config(
-        hidden_size=34, head_dim=14, intermediate_size=18, num_key_value_heads=3, rms_norm_eps=1e-3, sliding_window=5,
-        num_local_experts=5, rope={"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0},
+        hidden_size=26, head_dim=14, intermediate_size=16, vocab_size=47, num_key_value_heads=3,
+        rms_norm_eps=1e-3, sliding_window=5, num_local_experts=5,
+        rope={"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0},
     )  # fmt: skip
     square = _config(
         hidden_size=24, intermediate_size=24, vocab_size=24, num_attention_heads=4, num_key_value_heads=4,
@@ -114,8 +115,8 @@ def _recipes() -> tuple[Recipe, ...]:
         hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=12, num_local_experts=5
     )
     eleven = _config(
-        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=10, num_local_experts=11,
-        num_experts_per_tok=3,
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=6, num_local_experts=11,
+        num_experts_per_tok=3, vocab_size=37,
     )  # fmt: skip
     return (
         Recipe(

@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -78,7 +79,7 @@ def print_run(console: Console, run: dict[str, Any], spec: str) -> None:
     for line in failures(run, spec):
         console.print(line)
     if run["fields"]:
-        console.print(fields_table(run))
+        print_fields(console, run["fields"])
     for reason, count in Counter(c["message"] for c in run["claims"] if c["outcome"] == "skipped").items():
         console.print(Text(f"{count} skipped: {reason}", style="yellow"))
     short = shortfall(run)
@@ -89,21 +90,36 @@ def print_run(console: Console, run: dict[str, Any], spec: str) -> None:
 
 
 def table(run: dict[str, Any]) -> Table:
-    """Cases against dtypes: passed of judged claims, and the largest error ratio of the working dtypes."""
+    """Cases against dtypes: passed of judged claims, and the largest error ratio of the working dtypes.
+
+    A run over several families has a row a family, and below it a row for each of its cases in which a claim failed.
+    """
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    shown.add_column("case", no_wrap=True)
+    several = len({c["case"].split("/")[0] for c in run["claims"]}) > 1
+    shown.add_column("family" if several else "case", no_wrap=True)
     dtypes = [d for d in DTYPES if any(c["dtype"] == d for c in run["claims"])]
     for dtype in dtypes:
         shown.add_column(dtype, justify="right")
     shown.add_column("error, float64", justify="right")
     shown.add_column("largest ratio", justify="right")
-    for case in dict.fromkeys(c["case"] for c in run["claims"]):
-        claims = [c for c in run["claims"] if c["case"] == case]
+    for name, claims in _rows(run["claims"], several):
         cells = [_cell([c for c in claims if c["dtype"] == dtype]) for dtype in dtypes]
         errors = [c["error"]["max"] for c in claims if c["dtype"] == "float64" and c["error"]]
         ratios = [c["ratio"]["rms"] for c in claims if c["ratio"]]
-        shown.add_row(case, *cells, f"{max(errors):.0e}" if errors else "–", f"{max(ratios):.2f}" if ratios else "–")
+        shown.add_row(name, *cells, f"{max(errors):.0e}" if errors else "–", f"{max(ratios):.2f}" if ratios else "–")
     return shown
+
+
+def _rows(claims: list[dict[str, Any]], several: bool) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Name of each row of the table, and its claims."""
+    for family in dict.fromkeys(c["case"].split("/")[0] for c in claims):
+        of_family = [c for c in claims if c["case"].split("/")[0] == family]
+        if several:
+            yield family, of_family
+        for case in dict.fromkeys(c["case"] for c in of_family):
+            of_case = [c for c in of_family if c["case"] == case]
+            if not several or any(c["outcome"] in BAD for c in of_case):
+                yield f"  {case}" if several else case, of_case
 
 
 def _cell(claims: list[dict[str, Any]]) -> Text:
@@ -153,13 +169,19 @@ def _others(claims: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def fields_table(run: dict[str, Any]) -> Table:
-    """The field matrix: what becomes of each config field."""
+def print_fields(console: Console, fields: dict[str, dict[str, str]]) -> None:
+    """The field matrix: what becomes of each config field.  Over several families, honoured fields are only counted."""
+    several = len({case.split("/")[0] for case in fields}) > 1
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    shown.add_column("config field")
-    shown.add_column("")
-    shown.add_column("")
-    for case, row in run["fields"].items():
-        name = case.partition("/field-")[2] or f"{case} ({row['field']})"
+    for title in ("config field", "", ""):
+        shown.add_column(title)
+    for case, row in fields.items():
+        if several and row["verdict"] == "honoured":
+            continue
+        name = case if several else case.partition("/field-")[2] or f"{case} ({row['field']})"
         shown.add_row(name, Text(row["verdict"], style=_VERDICT_STYLE[row["verdict"]]), Text(row["detail"]))
-    return shown
+    if shown.row_count:
+        console.print(shown)
+    if several:
+        honoured = sum(row["verdict"] == "honoured" for row in fields.values())
+        console.print(f"{honoured} of {len(fields)} config fields honoured")

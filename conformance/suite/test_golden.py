@@ -36,7 +36,9 @@ def test_right_padding(judge: "Judge") -> None:
 
 
 def test_positions(judge: "Judge") -> None:
-    """Explicit position_ids are used as given: they jump, differ from row to row and go past 2,000.
+    """Explicit position_ids are used as given: they jump, differ from row to row and leave the sequence far behind.
+
+    Where they turn queries and keys they go past 2,000; where they are looked up in a table, towards its end.
 
     An all-ones attention_mask goes with them where the candidate takes one, so that jumps are not read as the
     beginnings of packed documents.

@@ -93,15 +93,22 @@ class AttentionKernel(nn.Module):
     A family's attention is a subclass with projections. When written out, two children without weights show to forward
     hooks what no projection returns: `scores` (B, H, T, S), scaled and not yet masked, and `weights` (B, H, T, S).
 
+    Args:
+        scale: factor on every score; None: 1 / √Dh.
+        upcast_scores: whether scores and weights are in float32 even where queries are not; the fused kernel, whose
+            scores are its own affair, takes no notice.
+
     Raises:
         ValueError: `attention` is neither "eager" (written out) nor "sdpa" (torch's fused kernel).
     """
 
-    def __init__(self, attention: str) -> None:
+    def __init__(self, attention: str, *, scale: float | None = None, upcast_scores: bool = False) -> None:
         super().__init__()
         if attention not in ("eager", "sdpa"):
             raise ValueError(f"attention={attention!r} must be 'eager' (written out) or 'sdpa' (fused)")
         self.attention = attention
+        self.scale = scale
+        self.upcast_scores = upcast_scores
         self.scores = nn.Identity()
         self.weights = nn.Identity()
 
@@ -115,10 +122,13 @@ class AttentionKernel(nn.Module):
         """Mixes the values that each query may see."""
         key, value = (repeat_key_value_heads(heads, query.shape[1]) for heads in (key, value))  # (B, H, S, Dh)
         if self.attention == "sdpa":
-            return fused_attention(query, key, value, mask)
-        scores = self.scores(attention_scores(query, key))
+            return fused_attention(query, key, value, mask, self.scale)
+        if self.upcast_scores:
+            working = torch.promote_types(query.dtype, torch.float32)
+            query, key = query.to(working), key.to(working)
+        scores = self.scores(attention_scores(query, key, self.scale))
         weights: Tensor = self.weights(attention_weights(scores, mask))
-        return weights @ value
+        return weights.to(value.dtype) @ value
 
 
 class GroupedQueryAttention(AttentionKernel):

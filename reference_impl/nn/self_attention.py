@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens of this call (queries), S tokens so far (keys), H heads, Dh head_dim, hidden = H · Dh.
 """
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ def split_query_key_value(
     return query, key, value
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(core.AttentionKernel):
     """Every head has a query, a key and a value of its own; positions are not its concern.
 
         Attention(Q, K, V) = softmax(Q Kᵀ · scale) V
@@ -28,17 +27,12 @@ class SelfAttention(nn.Module):
     Vaswani et al. 2017 (arXiv:1706.03762), equation 1, where scale = 1 / √d_k: d_k → Dh, h → `num_attention_heads`;
     W^Q, W^K, W^V side by side → c_attn, W^O → c_proj.
 
-    Children without weights show to forward hooks what no projection returns: `query` (B, H, T, Dh), `key` and
-    `value` (B, H, T, Dh) of this call and, when written out, `scores` (B, H, T, S), scaled and not yet masked, and
-    `weights` (B, H, T, S). Dropout is not implemented.
+    Children without weights show to forward hooks what no projection returns: `query`, `key` and `value`, (B, H, T, Dh)
+    of this call, and those of `AttentionKernel`. Dropout is not implemented.
 
     Args:
-        scale: factor on every score; None: 1 / √Dh.
-        upcast_scores: whether scores and weights are in float32 even where queries are not.
+        scale, upcast_scores: as in `AttentionKernel`.
         attention: "eager" (written out) or "sdpa" (torch's fused scaled_dot_product_attention).
-
-    Raises:
-        ValueError: `attention` is neither.
     """
 
     def __init__(
@@ -50,20 +44,13 @@ class SelfAttention(nn.Module):
         upcast_scores: bool = False,
         attention: str = "eager",
     ) -> None:
-        super().__init__()
-        if attention not in ("eager", "sdpa"):
-            raise ValueError(f"attention={attention!r} must be 'eager' (written out) or 'sdpa' (fused)")
+        super().__init__(attention, scale=scale, upcast_scores=upcast_scores)
         self.head_dim = hidden_size // num_attention_heads
-        self.scale = scale
-        self.upcast_scores = upcast_scores
-        self.attention = attention
         self.c_attn = Conv1D(in_features=hidden_size, out_features=3 * hidden_size)
         self.c_proj = Conv1D(in_features=hidden_size, out_features=hidden_size)
         self.query = nn.Identity()
         self.key = nn.Identity()
         self.value = nn.Identity()
-        self.scores = nn.Identity()
-        self.weights = nn.Identity()
 
     def forward(
         self,
@@ -78,20 +65,3 @@ class SelfAttention(nn.Module):
             key, value = cache.append(key, value)  # (B, H, S, Dh)
         output: Tensor = self.c_proj(core.merge_heads(self.attend(query, key, value, mask)))
         return output
-
-    def attend(
-        self,
-        query: Float[Tensor, "batch heads queries head_dim"],
-        key: Float[Tensor, "batch heads keys head_dim"],
-        value: Float[Tensor, "batch heads keys head_dim"],
-        mask: Bool[Tensor, "#batch 1 queries keys"],
-    ) -> Float[Tensor, "batch heads queries head_dim"]:
-        """Mixes the values that each query may see."""
-        if self.attention == "sdpa":
-            return core.fused_attention(query, key, value, mask, self.scale)
-        if self.upcast_scores:
-            working = torch.promote_types(query.dtype, torch.float32)
-            query, key = query.to(working), key.to(working)
-        scores = self.scores(core.attention_scores(query, key, self.scale))
-        weights: Tensor = self.weights(core.attention_weights(scores, mask))
-        return weights.to(value.dtype) @ value

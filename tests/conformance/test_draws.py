@@ -168,6 +168,24 @@ def test_scale_is_the_documented_one(name: str, shape: tuple[int, ...], deviatio
     assert tensor.mean().item() == pytest.approx(mean, abs=0.05 * deviation)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "shape", "deviation", "mean"),
+    [
+        ("h.0.attn.c_attn.weight", "conv1d", (48, 301), 1.5 / math.sqrt(48), 0.0),
+        ("h.0.attn.c_attn.bias", "conv1d", (15000,), 0.3, 0.0),
+        ("h.0.ln_1.weight", "norm", (15000,), 0.4, 1.0),
+        ("wte.weight", "embedding", (301, 48), 0.5, 0.0),
+    ],
+)
+def test_family_may_say_what_a_module_is_whose_name_does_not(
+    name: str, kind: str, shape: tuple[int, ...], deviation: float, mean: float
+) -> None:
+    module = name.split(".")[-2]
+    tensor = draws.tensor("scale", name, shape, {module: kind}).double()
+    assert tensor.std().item() == pytest.approx(deviation, rel=0.025)
+    assert tensor.mean().item() == pytest.approx(mean, abs=0.05 * deviation)
+
+
 def test_draw_is_a_whole_multiple_of_a_power_of_two_and_at_most_127_of_them() -> None:
     steps = draws.uniform("steps", (3000,), 0.1).double() * 2**9  # √3 · 0.1 = 0.1732 = 88.7 / 512
     assert steps.equal(steps.round())

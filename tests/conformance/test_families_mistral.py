@@ -82,12 +82,12 @@ def router_choices(recipe: Recipe) -> dict[str, torch.Tensor]:
 
 def test_distinct_has_the_sizes_that_are_meant() -> None:
     assert sizes(RECIPES["mistral/distinct"]) == {
-        "batch": 4, "seq": 11, "vocab": 47, "hidden": 34, "intermediate": 28, "gate and up fused": 56, "heads": 6,
+        "batch": 4, "seq": 11, "vocab": 47, "hidden": 26, "intermediate": 20, "gate and up fused": 40, "heads": 6,
         "kv_heads": 3, "head_dim": 10, "half head_dim": 5, "queries": 60, "keys": 30,
         "queries, keys and values fused": 120, "tokens": 44,
     }  # fmt: skip
     assert sizes(RECIPES["mixtral/distinct"]) == {
-        "batch": 4, "seq": 11, "vocab": 61, "hidden": 34, "intermediate": 18, "gate and up fused": 36, "heads": 6,
+        "batch": 4, "seq": 11, "vocab": 47, "hidden": 26, "intermediate": 16, "gate and up fused": 32, "heads": 6,
         "kv_heads": 3, "head_dim": 14, "half head_dim": 7, "queries": 84, "keys": 42,
         "queries, keys and values fused": 168, "tokens": 44, "experts": 5, "chosen": 2,
     }  # fmt: skip
@@ -359,7 +359,8 @@ def test_claims_are_of_checks_that_exist_and_what_they_need_is_stored(recipe: Re
 
 @both_families
 def test_every_check_is_claimed_by_some_case(family: Family) -> None:
-    assert {check for recipe in family.recipes for check in recipe.claims} == set(checks())
+    of_models = {check for check in checks() if not check.startswith("component.")}
+    assert {check for recipe in family.recipes for check in recipe.claims} == of_models
 
 
 @every_recipe
@@ -393,7 +394,7 @@ def test_probes_of_the_experts() -> None:
 def test_block_checkpoint_is_a_one_layer_checkpoint_of_that_block(name: str, layer: int) -> None:
     recipe = RECIPES[name]
     family, weights = family_of(recipe), draw_weights(family_of(recipe), recipe)
-    config, block = family.block_checkpoint(recipe.config, weights, torch.zeros(4, 11, 34), layer)
+    config, block = family.block_checkpoint(recipe.config, weights, torch.zeros(4, 11, 26), layer)
     assert {name: tuple(t.shape) for name, t in block.items()} == family.tensor_shapes(config)
     moved = [n for n in block if ".layers." in n]
     assert all(block[n].equal(weights[n.replace("layers.0.", f"layers.{layer}.")]) for n in moved)

@@ -311,6 +311,7 @@ def test_a_config_is_written_as_it_is_read():
     ("changes", "message"),
     [
         ({"n_inner": 4}, r"unknown keys \['n_inner'\]"),
+        ({"max_position_embeddings": 4}, r"unknown keys \['max_position_embeddings'\]"),
         ({"model_type": "gpt2"}, "model_type='gpt2' is not 'openai-gpt'"),
         ({"n_embd": 50}, "n_embd=50 must be divisible by n_head=12; give a divisor of it"),
         ({"afn": "gelu_new"}, r"afn='gelu_new' is not implemented; use one of \['gelu', 'relu', 'silu', 'swish'\]"),

@@ -332,6 +332,7 @@ def test_a_config_is_written_as_it_is_read():
     ("changes", "message"),
     [
         ({"hidden_size": 4, "qk_norm": True}, r"unknown keys \['hidden_size', 'qk_norm'\]"),
+        ({"max_position_embeddings": 4}, r"unknown keys \['max_position_embeddings'\]"),
         ({"model_type": "gpt_neo"}, "model_type='gpt_neo' is not 'gpt2'"),
         ({"n_embd": 50}, "n_embd=50 must be divisible by n_head=12; give a divisor of it"),
         ({"n_positions": 0}, "n_positions=0 must be greater than 0"),

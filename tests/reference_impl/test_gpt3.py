@@ -320,6 +320,7 @@ def test_a_config_is_written_as_it_is_read():
     ("changes", "message"),
     [
         ({"scale_attn_weights": False}, r"unknown keys \['scale_attn_weights'\]"),
+        ({"max_position_embeddings": 4}, r"unknown keys \['max_position_embeddings'\]"),
         ({"model_type": "gpt2"}, "model_type='gpt2' is not 'gpt3'"),
         ({"n_embd": 50}, "n_embd=50 must be divisible by n_head=96; give a divisor of it"),
         ({"attention_pattern": ["dense", "local"]}, r"attention_pattern=\['dense', 'local'\] must hold 'dense' and"),
