@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python benchmarks/verdict.py --runs 5
 
-1. Wall time of `conformance run reference`, imports included, and claims a second; median of several runs, interleaved
-   with the start-up alone (one claim), so that both see the same noise.
+1. Wall time of `conformance run reference --family llama`, imports included, and claims a second; median of several
+   runs, interleaved with the start-up alone (one claim), so that both see the same noise.
 2. What judging costs in forwards of the candidate: the seconds of a passing `golden.logits` claim in float64, and of a
    failing one with its localisation, divided by the seconds of one forward of the same model under the same mode.
 """
@@ -60,7 +60,7 @@ def forwards(repeats: int) -> dict[str, float]:
 def main(runs: int) -> None:
     whole, startup, claims = [], [], 0
     for _ in range(runs):
-        seconds, run = command()
+        seconds, run = command("--family", "llama")
         whole.append(seconds)
         claims = run["counts"]["executed"]
         startup.append(command("--case", "llama/plain", "--check", "golden.logits", "--dtype", "float64")[0])
