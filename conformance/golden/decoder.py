@@ -143,6 +143,8 @@ class _Derivation:
     def probes_and_blocks(self) -> None:
         theirs = self.oracle.probes(self.ids)
         ours = reference.probes(self.family, self.config, self.weights, self.ids)
+        if missing := {spec.name for spec in self.family.probes(self.config)} - theirs.keys():
+            raise GoldenError(f"{self.recipe.name}: the oracle shows no {', '.join(sorted(missing))}")
         for name, probe in theirs.items():
             self.agree("probes", name, ours[name], probe)
         self.routing = self._require_margins(self.config, self.weights, self.ids, theirs, self.dtypes)

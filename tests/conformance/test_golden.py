@@ -564,3 +564,15 @@ def test_a_case_without_a_recipe_is_named_and_then_removed(monkeypatch: pytest.M
     golden.make(["llama"], tmp_path)
     assert not (tmp_path / "llama/field-mlp_bias").exists()
     assert golden.verify(["llama"], tmp_path) == []
+
+
+def test_probe_that_the_oracle_does_not_show_is_refused_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = HuggingFace.probes
+
+    def probes(self: HuggingFace, ids: Tensor) -> dict[str, Tensor]:
+        return {name: probe for name, probe in real(self, ids).items() if name != "layers.1.attention.value"}
+
+    monkeypatch.setattr(HuggingFace, "probes", probes)
+    assert refusal(SMALL, monkeypatch, tmp_path) == "llama/small: the oracle shows no layers.1.attention.value"
