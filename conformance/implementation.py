@@ -3,7 +3,8 @@
 An implementation is any object with `name`, `families` and `load(checkpoint)`; a function `load` alone is enough.
 `load` returns a model: a callable `model(input_ids, attention_mask=None, position_ids=None, …)` that returns logits
 (batch, seq, vocab), or a dict with "logits" and optionally "loss".  Only arguments that it declares are passed.
-Optional attributes, each declared by its presence: `session()`, `parameters`.
+An encoder–decoder model takes `decoder_input_ids`, and perhaps `decoder_attention_mask`, too: logits belong to these.
+Optional attributes, each declared by its presence: `session(**source)`, `parameters`.
 """
 
 import copy
@@ -235,12 +236,18 @@ class Candidate:
             raise Unsupported(f"the model takes no {argument}")
 
     def __call__(self, input_ids: "Tensor", **optional: "Tensor") -> Output:
-        """Call the model once; arguments that it does not declare are left out."""
+        """Call the model once; arguments that it does not declare are left out.
+
+        Raises: Misbehaviour if it is to decode and declares no `decoder_input_ids`.
+        """
         self.calls += 1
+        decoded = optional.get("decoder_input_ids")
+        if decoded is not None and not self.accepts("decoder_input_ids"):
+            raise Misbehaviour("signature", "the model takes no decoder_input_ids, which its decoder is to read")
         passed = {k: v.clone().to(self.device) for k, v in optional.items() if self.accepts(k)}
         with running("model(…)"):
             returned = self.model(input_ids.clone().to(self.device), **passed)
-        return self._normalise(returned, tuple(input_ids.shape))
+        return self._normalise(returned, tuple((input_ids if decoded is None else decoded).shape))
 
     def parameters(self, names: list[str]) -> "dict[str, Tensor] | None":
         """The named parameters, which receive gradients: from a mapping `parameters`, or a module that has the names.
@@ -254,12 +261,18 @@ class Candidate:
             declared = dict(self.model.named_parameters()) if isinstance(self.model, torch.nn.Module) else {}
         return {name: declared[name] for name in names} if set(names) <= set(declared) else None
 
-    def session(self) -> "Session":
-        """Raises: Unsupported if the model has no `session`."""
+    def session(self, **source: "Tensor") -> "Session":
+        """A new session, of an encoder–decoder model over a source: `input_ids` and perhaps `attention_mask`.
+
+        Raises: Unsupported if the model has no `session`, or it takes no mask and is given one.
+        """
         if not hasattr(self.model, "session"):
             raise Unsupported("the model has no session()")
+        declared = _declared_arguments(self.model.session)
+        if declared is not None and "attention_mask" in source and "attention_mask" not in declared:
+            raise Unsupported("session() takes no attention_mask")
         with running("model.session()"):
-            return Session(self, self.model.session())
+            return Session(self, self.model.session(**{k: v.clone().to(self.device) for k, v in source.items()}))
 
     def _normalise(self, returned: Any, shape: tuple[int, ...]) -> Output:
         import torch

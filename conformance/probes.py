@@ -5,7 +5,7 @@ says which, in computational order, with axes and parents); `docs/probes.md` is 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,11 +91,22 @@ def at_module_boundaries(model: "Module", where: dict[str, tuple[str, str]]) -> 
             handle.remove()
 
 
+def axis_sizes(family: "Family", config: "Config", arguments: "Mapping[str, Any]") -> dict[str, int]:
+    """Size of every axis that the probes name, in a call of the model."""
+    batch, length = arguments["input_ids"].shape
+    if not family.encoder_decoder:
+        return family.probe_sizes(config, batch, length)
+    return family.probe_sizes(config, batch, arguments["decoder_input_ids"].shape[1], length)
+
+
 def canonical(
-    family: "Family", config: "Config", values: "dict[str, Tensor]", batch: int, seq: int
+    family: "Family", config: "Config", values: "dict[str, Tensor]", arguments: "Mapping[str, Any]"
 ) -> "dict[str, Tensor]":
-    """Bring the collected probes into canonical order and axes (merged heads are split), float64 on the CPU."""
-    sizes = family.probe_sizes(config, batch, seq)
+    """Bring the collected probes into canonical order and axes (merged heads are split), float64 on the CPU.
+
+    arguments: what the model was called with; its ids say how long the sequences are.
+    """
+    sizes = axis_sizes(family, config, arguments)
     return {
         spec.name: values[spec.name].reshape([sizes[axis] for axis in spec.axes]).double().cpu()
         for spec in family.probes(config)
