@@ -2,8 +2,8 @@
 
 An implementation is any object with `name`, `families` and `load(checkpoint)`; a function `load` alone is enough.
 `load` returns a model: a callable `model(input_ids, attention_mask=None, position_ids=None, …)` that returns logits
-(batch, seq, vocab), or a dict with "logits" and optionally "loss".  Only arguments that it declares are passed.
-An encoder–decoder model takes `decoder_input_ids`, and perhaps `decoder_attention_mask`, too: logits belong to these.
+(batch, seq, vocab), or a dict with "logits" and optionally those of `LOSSES`.  Only arguments that it declares are
+passed.  An encoder–decoder model takes `decoder_input_ids`, and perhaps `decoder_attention_mask`, too: logits belong to these.
 Optional attributes, each declared by its presence: `session(**source)`, `parameters`.
 """
 
@@ -34,6 +34,8 @@ BUILT_IN = {
     "hf": ("conformance.implementations.hf", "the installed Hugging Face transformers, eager attention"),
     "hf-sdpa": ("conformance.implementations.hf", "the installed Hugging Face transformers, SDPA attention"),
 }
+# What a model may return beside its logits: the whole loss, and what a router adds to it (before its coefficient).
+LOSSES = ("loss", "aux_loss", "z_loss")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -207,10 +209,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Output:
-    """What one call returned, normalised: logits always, the loss where the candidate returns one."""
+    """What one call returned, normalised: logits always, losses by name where the candidate returns any."""
 
     logits: "Tensor"
-    loss: "Tensor | None"
+    losses: "dict[str, Tensor]"
 
 
 class Candidate:
@@ -281,15 +283,15 @@ class Candidate:
             return self._output(returned, (*shape, self.vocab))
 
     def _output(self, returned: Any, wanted: tuple[int, ...]) -> Output:
-        loss = None
+        losses = {}
         if isinstance(returned, Mapping):
             if "logits" not in returned:
                 raise Misbehaviour(
                     "type", f'a dict with keys {sorted(map(str, returned))} was returned; it needs "logits"'
                 )
-            returned, loss = returned["logits"], returned.get("loss")
+            returned, losses = returned["logits"], {name: returned.get(name) for name in LOSSES}
         elif hasattr(returned, "logits"):
-            returned, loss = returned.logits, getattr(returned, "loss", None)
+            returned, losses = returned.logits, {name: getattr(returned, name, None) for name in LOSSES}
         elif isinstance(returned, tuple | list):
             fitting = [x for x in returned if tuple(getattr(x, "shape", ())) == wanted]
             if len(fitting) != 1:
@@ -298,9 +300,11 @@ class Candidate:
                     "type", f"a {type(returned).__name__} of {shapes} was returned; exactly one must be {wanted}"
                 )
             returned = fitting[0]
-        if loss is not None and (loss := as_tensor(loss, "loss")).numel() != 1:
-            raise Misbehaviour("shape", f"a loss of shape {tuple(loss.shape)}, wanted a single number")
-        return Output(self._logits(returned, wanted), loss)
+        losses = {name: as_tensor(loss, name) for name, loss in losses.items() if loss is not None}
+        for name, loss in losses.items():
+            if loss.numel() != 1:
+                raise Misbehaviour("shape", f"a {name} of shape {tuple(loss.shape)}, wanted a single number")
+        return Output(self._logits(returned, wanted), {name: loss.reshape(()) for name, loss in losses.items()})
 
     def _logits(self, returned: Any, wanted: tuple[int, ...]) -> "Tensor":
         import torch

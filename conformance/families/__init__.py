@@ -52,7 +52,7 @@ class Recipe:
     input_ids: the token ids themselves, where drawn ones would not do.
     claims: check -> dtypes.
     store: what the golden keeps beside logits and block outputs: "probes",
-        "gradients", "blocks", "positions", "loss".
+        "gradients", "blocks", "positions", "loss", "auxiliary" (the losses that a router adds).
     last_rows: compare (and store) only so many last rows of the sequence.
     scaled: ending of a weight's name -> power of two that it is multiplied by, for cases that stress a dtype's range.
     field: the config field that a field case moves, with counterfactuals: label -> the configuration a candidate

@@ -80,6 +80,8 @@ def derive(recipe: Recipe) -> Derived:
         derivation.positions()
     if "loss" in recipe.store:
         derivation.loss_and_gradients()
+    if "auxiliary" in recipe.store:
+        derivation.auxiliary_losses()
     if recipe.last_rows is None:
         derivation.probes_and_blocks()
     if recipe.target is not None:
@@ -154,6 +156,14 @@ class _Derivation:
         self.expected["loss"] = loss
         if "gradients" in self.recipe.store:
             self.expected |= {f"gradient.{name}": gradient for name, gradient in gradients.items()}
+
+    def auxiliary_losses(self) -> None:
+        labels = self.inputs.get("labels", self.ids)
+        losses = self.oracle.auxiliary_losses(labels=labels, **self.arguments)
+        ours = reference.auxiliary_losses(self.config, self.weights, labels=labels, **self.arguments)
+        for name, loss in losses.items():
+            self.agree("auxiliary losses", name, ours[name], loss)
+        self.expected |= losses
 
     def probes_and_blocks(self) -> None:
         theirs = self.oracle.probes(**self.arguments)

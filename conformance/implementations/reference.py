@@ -138,6 +138,15 @@ def loss_and_gradients(
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def auxiliary_losses(
+    config: "Config", weights: dict[str, Tensor], input_ids: Tensor, labels: Tensor, **optional: Tensor
+) -> dict[str, Tensor]:
+    """What the reference's routers add to its loss, before the coefficients, by name, float64."""
+    with TrueDouble(), torch.no_grad():
+        returned = adapted(build(config, weights))(input_ids, labels=labels, **optional)
+    return {name: value for name, value in returned.items() if name not in ("logits", "loss")}
+
+
 def component(family: "Component", tensors: dict[str, Tensor], settings: "Config") -> dict[str, Tensor]:
     """The returns of the reference's function for a component, by name, in the dtype of the tensors."""
     module, _, function = family.reference.partition(":")

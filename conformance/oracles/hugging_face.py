@@ -95,6 +95,11 @@ class HuggingFace:
             loss.backward()
         return loss.detach(), self.gradients()
 
+    def auxiliary_losses(self, input_ids: Tensor, labels: Tensor, **optional: Tensor) -> dict[str, Tensor]:
+        """What routers add to the library's loss, before their coefficients, by the contract's names."""
+        with torch.no_grad(), self._mode():
+            return {"aux_loss": self._call(input_ids, labels=labels, **optional).aux_loss}
+
     def gradients(self) -> dict[str, Tensor]:
         """What the last backward left, by the names of the case."""
         return {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}

@@ -62,10 +62,25 @@ def test_loss(judge: "Judge") -> None:
     """
     with judge.precision():
         labels = judge.case.inputs.get("labels", judge.case.ids)
-        loss = judge.candidate(**judge.case.arguments, labels=labels).loss
+        loss = judge.candidate(**judge.case.arguments, labels=labels).losses.get("loss")
     if loss is None:
         raise Unsupported('the model returns no "loss"')
     judge.compare(loss, judge.case.expected["loss"], what="loss")
+
+
+def test_auxiliary_losses(judge: "Judge") -> None:
+    """The losses that a router adds, those of them that the candidate returns, before their coefficients.
+
+    `aux_loss` balances the load of the experts, `z_loss` keeps the router's logits small.
+    """
+    expected = {name: judge.case.expected[name] for name in ("aux_loss", "z_loss") if name in judge.case.expected}
+    with judge.precision():
+        labels = judge.case.inputs.get("labels", judge.case.ids)
+        losses = judge.candidate(**judge.case.arguments, labels=labels).losses
+    if not expected.keys() & losses.keys():
+        raise Unsupported(f"the model returns no {' and no '.join(expected)}")
+    for name in expected.keys() & losses.keys():
+        judge.compare(losses[name], expected[name], what=name)
 
 
 def test_gradients(judge: "Judge") -> None:
