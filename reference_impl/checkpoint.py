@@ -20,6 +20,7 @@ from torch import nn
 
 # model_type in config.json → module, config class and model class of the family.
 FAMILIES = {
+    "gnmt": ("reference_impl.models.gnmt", "GNMTConfig", "GNMT"),
     "gpt2": ("reference_impl.models.gpt2", "GPT2Config", "GPT2"),
     "gpt3": ("reference_impl.models.gpt3", "GPT3Config", "GPT3"),
     "llama": ("reference_impl.models.llama", "LlamaConfig", "Llama"),
@@ -27,6 +28,7 @@ FAMILIES = {
     "mixtral": ("reference_impl.models.mixtral", "MixtralConfig", "Mixtral"),
     "openai-gpt": ("reference_impl.models.gpt", "GPTConfig", "GPT"),
     "phi": ("reference_impl.models.phi", "PhiConfig", "Phi"),
+    "rnn_search": ("reference_impl.models.rnn_search", "RNNSearchConfig", "RNNSearch"),
 }
 
 # Tensors that old files hold although they follow from config.json: rotary frequencies, GPT's and GPT-2's causal masks.
