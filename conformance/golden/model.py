@@ -38,13 +38,14 @@ def draw_inputs(recipe: Recipe) -> dict[str, Tensor]:
     An encoder–decoder model has ids, lengths and junk of its decoder too, and labels.  The ids are drawn, unless the
     recipe states them; a decoder's begin with `decoder_start_token_id`, and its labels are the ids one place later.
     """
-    vocab, batch, seq = recipe.config["vocab_size"], recipe.batch, recipe.seq
-    junk = max(2, vocab // 10)
+    batch, seq = recipe.batch, recipe.seq
 
     def draw(what: str, low: int, high: int, seq: int = seq) -> Tensor:
         return draws.integers(f"{recipe.name}/{what}", batch * seq, low, high).view(batch, seq)
 
     def tokens(prefix: str, seq: int, first: list[int]) -> dict[str, Tensor]:
+        vocab = recipe.config.get(f"{prefix}vocab_size") or recipe.config["vocab_size"]
+        junk = max(2, vocab // 10)
         chosen = None if prefix else recipe.input_ids
         drawn = {"input_ids": torch.tensor(chosen) if chosen else draw(f"{prefix}input_ids", 0, vocab - junk - 1, seq)}
         if batch > 1:
@@ -84,9 +85,9 @@ def derive(recipe: Recipe) -> Derived:
         derivation.auxiliary_losses()
     if recipe.last_rows is None:
         derivation.probes_and_blocks()
-    if recipe.target is not None:
-        derivation.cut_sources()
     if recipe.batch > 1:
+        if recipe.target is not None:
+            derivation.cut_sources()
         derivation.check_padding()
     movement = derivation.counterfactuals()
     provenance = {

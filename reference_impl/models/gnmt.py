@@ -123,6 +123,7 @@ class Encoder(nn.Module):
             Layer(number=number, input_size=size, hidden_size=config.hidden_size, bidirectional=number == 1)
             for number, size in enumerate(below[: config.encoder_layers], start=1)
         )
+        self.left_to_right, self.right_to_left = nn.Identity(), nn.Identity()
 
     def forward(
         self, input_ids: Int[Tensor, "batch source"], real: Bool[Tensor, "batch source"]
@@ -132,6 +133,9 @@ class Encoder(nn.Module):
         layer: Any
         for layer in self.layers:
             x, _ = layer.over(x, real)
+            if layer.bidirectional:
+                for direction, m in zip((self.left_to_right, self.right_to_left), x.chunk(2, dim=-1), strict=True):
+                    direction(m)
         return x
 
 

@@ -87,12 +87,15 @@ class Encoder(nn.Module):
             input_size=config.embedding_size, hidden_size=config.hidden_size, num_layers=1, bidirectional=True,
             reset_after=config.reset_after,
         )  # fmt: skip
+        self.left_to_right, self.right_to_left = nn.Identity(), nn.Identity()
 
     def forward(
         self, input_ids: Int[Tensor, "batch source"], real: Bool[Tensor, "batch source"]
     ) -> tuple[Float[Tensor, "batch source annotation"], Float[Tensor, "batch hidden"]]:
         """The annotations, zero at padding, and ←h_1, the backward state at the first real position."""
         found = self.rnn(self.embedding(input_ids), real=real)
+        for direction, states in zip((self.left_to_right, self.right_to_left), found.output.chunk(2, -1), strict=True):
+            direction(states)
         return found.output, first_backward(found)
 
 

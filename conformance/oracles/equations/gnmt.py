@@ -118,12 +118,13 @@ class GNMT:
         self, bottom: State, states: list[State], a: Tensor
     ) -> tuple[list[State], dict[str, Tensor]]:
         """The layers above the bottom one, and the softmax layer's logits."""
-        new, out, stack = [bottom], bottom[1], {"decoder.layers.0.output": bottom[1]}
+        new, out, stack = [bottom], bottom[1], {}
         for layer in range(2, self.decoder_layers + 1):
             state = self.lstm(f"decoder.layers.{layer - 1}", "", self.layer_input(layer, out, a), states[layer - 1])
             out = self.handed_on("decoder", layer, out, state[1])
             new.append(state)
-            stack |= {f"decoder.layers.{layer - 1}.hidden": state[1], f"decoder.layers.{layer - 1}.output": out}
+            stack[f"decoder.layers.{layer - 1}.hidden"] = state[1]
+            stack[f"decoder.layers.{layer - 1}.output"] = out
         stack["logits"] = self.w["decoder.output.weight"] @ out + self.w["decoder.output.bias"]
         return new, stack
 
