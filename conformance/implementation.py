@@ -365,7 +365,9 @@ def load_checkpoint(
     checkpoint = Checkpoint(config, weights, torch_dtype, torch.device(device))
     with precision(dtype), running("load(checkpoint)"):
         model = implementation.load(checkpoint)
-    candidate = Candidate(model, torch_dtype, checkpoint.device, config.get("decoder_vocab_size") or config["vocab_size"])
+    candidate = Candidate(
+        model, torch_dtype, checkpoint.device, config.get("decoder_vocab_size") or config["vocab_size"]
+    )
     candidate.checkpoint = checkpoint  # type: ignore[attr-defined]  # keeps the directory while the model lives
     return candidate
 

@@ -67,7 +67,7 @@ def known_probes(case: "Case") -> tuple[dict[str, Tensor], str]:
 
 
 def _probes(case: "Case", values: dict[str, Tensor], rows: slice = slice(None)) -> list[Probe]:
-    """The case's probes for some rows of the sequence; keys reach back to the first row, single steps are among them."""
+    """The case's probes for some rows of the sequence; keys reach back to the first row, steps are among the rows."""
     cut = {"seq": rows, "key": slice(0, rows.stop)}
     computed = {None, *range(*rows.indices(case.ids.shape[1]))}
     return [

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from conformance.families import Config, Family
 
-# So many steps of a recurrent decoder are shown one by one: the first begins with the initial state, the second with what
-# the first left, and from then on they are alike.
+# So many steps of a recurrent decoder are shown one by one: the first begins with the initial state, the second with
+# what the first left, and from then on they are alike.
 PROBED_STEPS = 3
 
 VOCABULARY: dict[str, str] = {
@@ -55,10 +55,10 @@ VOCABULARY: dict[str, str] = {
     "layers.N.feed_forward.expert_outputs": "what a token's experts return, the heaviest first, not weighted",
     "layers.N.feed_forward.output": "what the layer returns: the down projection, or the weighted sum of the experts",
     "layers.N.feed_forward.residual": "post-norm only: residual stream after the feed-forward was added",
-    "layers.N.forward": "states of the direction that reads from left to right, in a recurrent layer of two directions",
-    "layers.N.backward": "states of the direction that reads from right to left, each at the position that it read last",
+    "layers.N.forward": "of a recurrent layer in two directions: states of the one that reads from left to right",
+    "layers.N.backward": "states of the one that reads from right to left, each at the position that it read last",
     "layers.N.hidden": "hidden states of a recurrent layer, before its residual connection",
-    "layers.N.output": "residual stream after the block",
+    "layers.N.output": "residual stream after the block; what a recurrent layer hands on",
     "initial_state": "state of a recurrent decoder before its first step",
     "steps.N.attention.scores": "energies of all source positions in step N of a recurrent decoder, before any mask",
     "steps.N.attention.weights": "attention weights of step N: softmax of the masked energies over the source",

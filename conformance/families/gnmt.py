@@ -11,6 +11,7 @@ from conformance.families.sequence_models import (
     FULL,
     PLAIN,
     WITH_LOSS,
+    Add,
     add_steps,
     attention_shapes,
     decoder_vocabulary,
@@ -182,21 +183,29 @@ def probes(config: Config) -> list[ProbeSpec]:
     below = "encoder.layers.0.output"
     add(below, ("batch", "source", "direction", "hidden"), "encoder.layers.0.forward", "encoder.layers.0.backward")
     for layer in range(1, config["encoder_layers"]):
-        name = f"encoder.layers.{layer}."
-        add(name + "hidden", source, below)
-        add(name + "output", source, name + "hidden", *[below] * (layer > 1))
-        below = name + "output"
+        below = _add_layer(add, "encoder", layer, source, (below,), ())[0]
     add("decoder.embedding", ("batch", "seq", "embedding"))
     annotation = ("hidden",) if config["encoder_layers"] > 1 else ("direction", "hidden")
     steps = tuple(add_steps(add, annotation, below, ()))
-    contexts, before = [step for step in steps if step.endswith("context")], steps
+    contexts = tuple(step for step in steps if step.endswith("context"))
+    before = tuple(step for step in steps if step.endswith("state"))
     for layer in range(1, config["decoder_layers"]):
-        name = f"decoder.layers.{layer}."
-        add(name + "hidden", ("batch", "seq", "hidden"), *dict.fromkeys((*before, *contexts)))
-        add(name + "output", ("batch", "seq", "hidden"), name + "hidden", *(before if layer > 1 else ()))
-        before = (name + "output",)
-    add("logits", ("batch", "seq", "vocab"), *before)
+        before = _add_layer(add, "decoder", layer, ("batch", "seq", "hidden"), before, contexts)
+    add("logits", ("batch", "seq", "vocab"), *before, *(contexts if config["decoder_layers"] == 1 else ()))
     return specs
+
+
+def _add_layer(
+    add: Add, stack: str, layer: int, axes: tuple[str, ...], below: tuple[str, ...], beside: tuple[str, ...]
+) -> tuple[str]:
+    """A layer above the bottom one, which reads `below` and `beside`; with a residual connection from the third on."""
+    name = f"{stack}.layers.{layer}."
+    if layer < 2:
+        add(name + "output", axes, *below, *beside)
+    else:
+        add(name + "hidden", axes, *below, *beside)
+        add(name + "output", axes, name + "hidden", *below)
+    return (name + "output",)
 
 
 def probe_sizes(config: Config, batch: int, seq: int, source: int) -> dict[str, int]:
@@ -221,15 +230,15 @@ def module_probes(config: Config) -> dict[str, tuple[str, str]]:
             f"{stack}.layers.{layer}.{part}": (f"{stack}.layers.{layer}.{part}", "output")
             for stack, layers in stacks.items()
             for layer in range(1, layers)
-            for part in ("hidden", "output")
+            for part in (("hidden", "output") if layer > 1 else ("output",))
         },
         "logits": ("decoder.output", "output"),
     }
 
 
 _EQUATIONS = r"""
-With LSTM_l a layer with torch.nn.LSTM's weights, m its hidden state, E and E' the embedding tables of source and target,
-y₀ the start token, and all states zero at the beginning:
+With LSTM_l a layer with torch.nn.LSTM's weights, m its hidden state, E and E' the embedding tables of source and
+target, y₀ the start token, and all states zero at the beginning:
 
     x¹_t  = [LSTM_1→(E x_t) ; LSTM_1←(E x_t)],   m^l_t = LSTM_l(x^{l−1}_t)                  encoder, l ≥ 2
     x^l   = m^l for l < 3,   x^l = m^l + x^{l−1} for l ≥ 3                                  in both stacks
@@ -250,7 +259,7 @@ FAMILY = Family(
     paper="Wu et al. 2016, Google's Neural Machine Translation System: Bridging the Gap between Human and Machine "
     "Translation, arXiv:1609.08144",
     equations=_EQUATIONS,
-    oracle="the paper's equations as float64 loops (conformance.oracles.equations.gnmt)",
+    oracle="loops over the paper's equations (conformance.oracles.equations.gnmt)",
     oracle_class="conformance.oracles.sequence_models:GNMT",
     oracle_kernels=("eager",),
     encoder_decoder=True,

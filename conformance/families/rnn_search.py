@@ -1,4 +1,4 @@
-"""RNNsearch (Bahdanau et al. 2015): a bidirectional gated encoder, additive attention, a gated decoder, a maxout output.
+"""RNNsearch (Bahdanau et al. 2015): a bidirectional gated encoder, additive attention, a gated decoder with maxout.
 
 Oracle: the paper's equations as float64 loops, `conformance.oracles.equations.rnn_search`.
 """
@@ -226,19 +226,24 @@ With E and E' the embedding tables of source and target, GRU(x, h) a gated unit 
     t_i      = [max(t̃_{i,2k−1}, t̃_{i,2k})] for k = 1 … l
     logits_i = W_o t_i + b_o
 
-A gated unit has torch.nn.GRU's rows r, z, n:  r, z = σ(W x + b + U h + b'),  n = tanh(W_n x + b_n + U_n (r ⊙ h) + b'_n),
-h' = (1 − z) ⊙ n + z ⊙ h.  The paper's z is 1 − z, and it leaves the biases out.  With reset_after, n is torch.nn.GRU's,
-tanh(W_n x + b_n + r ⊙ (U_n h + b'_n)).  The deep output reads s_{i−1}, as appendix A.2.2 prints and GroundHog computes.
-Pads of source and target leave every state as it was.
+A gated unit has torch.nn.GRU's rows r, z, n:
+
+    r, z = σ(W x + b + U h + b')                                 each with its own rows
+    n    = tanh(W_n x + b_n + U_n (r ⊙ h) + b'_n)                reset_after: tanh(W_n x + b_n + r ⊙ (U_n h + b'_n))
+    h'   = (1 − z) ⊙ n + z ⊙ h
+
+What the paper calls z is 1 − z, and it leaves the biases out.  The deep output reads s_{i−1}, as appendix A.2.2 prints
+and GroundHog, its authors' code, computes.  Pads of source and target leave every state as it was.
 """
 
 
 FAMILY = Family(
     name="rnn_search",
     title="RNNsearch",
-    paper="Bahdanau et al. 2015, Neural Machine Translation by Jointly Learning to Align and Translate, arXiv:1409.0473",
+    paper="Bahdanau et al. 2015, Neural Machine Translation by Jointly Learning to Align and Translate, "
+    "arXiv:1409.0473",
     equations=_EQUATIONS,
-    oracle="the paper's equations as float64 loops (conformance.oracles.equations.rnn_search)",
+    oracle="loops over the paper's equations (conformance.oracles.equations.rnn_search)",
     oracle_class="conformance.oracles.sequence_models:RNNSearch",
     oracle_kernels=("eager",),
     encoder_decoder=True,

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conformance.oracles import torch_sequence_models as working
-from conformance.oracles.equations.gnmt import GNMT as GNMTEquations
-from conformance.oracles.equations.rnn_search import RNNSearch as RNNSearchEquations
+from conformance.oracles.equations import gnmt, rnn_search
 from conformance.oracles.sequence_mistakes import GNMT_MISTAKES, RNN_SEARCH
 from conformance.oracles.torch_recurrent import without_onednn
 from conformance.probes import canonical
@@ -106,8 +105,12 @@ def _real(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class RNNSearch(EquationModel):
-    equations, mistakes, composed = RNNSearchEquations, RNN_SEARCH, staticmethod(working.rnn_search)
+    """The paper's equations, `equations.rnn_search`."""
+
+    equations, mistakes, composed = rnn_search.RNNSearch, RNN_SEARCH, staticmethod(working.rnn_search)
 
 
 class GNMT(EquationModel):
-    equations, mistakes, composed = GNMTEquations, GNMT_MISTAKES, staticmethod(working.gnmt)
+    """The paper's equations, `equations.gnmt`."""
+
+    equations, mistakes, composed = gnmt.GNMT, GNMT_MISTAKES, staticmethod(working.gnmt)

@@ -41,9 +41,8 @@ def gnmt(config: Config, w: Weights, input_ids: Tensor, decoder_input_ids: Tenso
         x = _handed_on(layer, x, _lstm(w, f"encoder.layers.{layer}", x, both_ways=layer == 0))
     keys = F.linear(x, w["decoder.attention.memory_weight"], w["decoder.attention.bias"])
     tokens = F.embedding(decoder_input_ids, w["decoder.embedding.weight"])
-    sizes = (w[f"decoder.layers.0.{kind}_l0"].shape[1] for kind in ("weight_ih", "weight_hh"))
-    cell = nn.LSTMCell(*sizes, device="meta")
     own = {kind: w[f"decoder.layers.0.{kind}_l0"] for kind in KINDS}
+    cell = nn.LSTMCell(own["weight_ih"].shape[1], own["weight_hh"].shape[1], device="meta")
     m = c = x.new_zeros(len(x), cell.hidden_size)
     outputs, contexts = [], []
     for token in tokens.unbind(1):

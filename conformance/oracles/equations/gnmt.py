@@ -114,9 +114,7 @@ class GNMT:
         new, stack = self.upper(bottom, states, a)
         return new, a, found, stack
 
-    def upper(
-        self, bottom: State, states: list[State], a: Tensor
-    ) -> tuple[list[State], dict[str, Tensor]]:
+    def upper(self, bottom: State, states: list[State], a: Tensor) -> tuple[list[State], dict[str, Tensor]]:
         """The layers above the bottom one, and the softmax layer's logits."""
         new, out, stack = [bottom], bottom[1], {}
         for layer in range(2, self.decoder_layers + 1):
