@@ -4,8 +4,8 @@ A probe is a tensor that a reader of the paper would name.  Families pick from t
 says which, in computational order, with axes and parents); `docs/probes.md` is generated from it.
 
 An encoder–decoder model's probes begin with `encoder.` or `decoder.`; a decoder layer's `cross_attention` has the words
-of `attention`, and its keys and values are projections of `encoder.output`.  A recurrent decoder that attends before it
-steps shows its first steps one by one, `decoder.steps.0.…`: each is computed from the one before.
+of `attention`, and its keys and values are projections of the encoder's output.  A recurrent decoder that attends
+before it steps shows its first steps one by one, `decoder.steps.0.…`: each is computed from the one before.
 """
 
 import contextlib
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 PROBED_STEPS = 3
 
 VOCABULARY: dict[str, str] = {
-    "output": "what a stack of layers returns, where that has a name of its own",
     "embedding": "what enters the first block: the looked-up rows of the embedding table (positions added, scaled, "
     "where the family does so)",
     "layers.N.norm": "normalised input of the block, where attention and feed-forward layer share it (parallel blocks)",
@@ -123,6 +122,7 @@ def at_module_boundaries(model: "Module", where: dict[str, tuple[str, str]]) -> 
     def keep(probe: str, number: str, value: Any) -> None:
         calls[probe] = calls.get(probe, -1) + 1
         if number in ("", str(calls[probe])):
+            value = getattr(value, "logits", value)  # what a whole model returns
             found[probe] = (value[0] if isinstance(value, tuple) else value).detach().clone()
 
     handles = []

@@ -6,10 +6,9 @@ Oracle: the paper's equations as float64 loops, `conformance.oracles.equations.g
 from typing import Any
 
 from conformance.families import Config, ConfigField, Family, Recipe
+from conformance.families.encoder_decoders import FULL, MODEST
 from conformance.families.sequence_models import (
     ALONE,
-    FULL,
-    PLAIN,
     WITH_LOSS,
     Add,
     add_steps,
@@ -114,7 +113,7 @@ def _recipes() -> tuple[Recipe, ...]:
             weights="gnmt/plain",
             seq=7,
             target=9,
-            claims=PLAIN,
+            claims=MODEST,
             counterfactuals=mistakes(shallow, ("residual connections from the second decoder layer on",)),
         ),
         Recipe(

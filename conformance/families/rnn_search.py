@@ -8,9 +8,9 @@ from typing import Any
 
 from conformance.families import Config, ConfigField, Family, Recipe
 from conformance.families.decoders import field_case
+from conformance.families.encoder_decoders import FULL
 from conformance.families.sequence_models import (
     ALONE,
-    FULL,
     WITH_LOSS,
     add_steps,
     attention_shapes,
@@ -179,10 +179,10 @@ def probes(config: Config) -> list[ProbeSpec]:
     add("encoder.embedding", ("batch", "source", "embedding"))
     add("encoder.layers.0.forward", states, "encoder.embedding")
     add("encoder.layers.0.backward", states, "encoder.embedding")
-    add("encoder.output", ("batch", "source", *both), "encoder.layers.0.forward", "encoder.layers.0.backward")
+    add("encoder.layers.0.output", ("batch", "source", *both), "encoder.layers.0.forward", "encoder.layers.0.backward")
     add("decoder.initial_state", ("batch", "hidden"), "encoder.layers.0.backward")
     add("decoder.embedding", ("batch", "seq", "embedding"))
-    steps = add_steps(add, both, "encoder.output", ("decoder.initial_state",))
+    steps = add_steps(add, both, "encoder.layers.0.output", ("decoder.initial_state",))
     add("decoder.pieces", ("batch", "seq", "maxout", "piece"), "decoder.initial_state", "decoder.embedding", *steps)
     add("decoder.maxout", ("batch", "seq", "maxout"), "decoder.pieces")
     add("logits", ("batch", "seq", "vocab"), "decoder.maxout")
@@ -204,7 +204,7 @@ def module_probes(config: Config) -> dict[str, tuple[str, str]]:
         "encoder.embedding": ("encoder.embedding", "output"),
         "encoder.layers.0.forward": ("encoder.left_to_right", "output"),
         "encoder.layers.0.backward": ("encoder.right_to_left", "output"),
-        "encoder.output": ("encoder.rnn", "output"),
+        "encoder.layers.0.output": ("encoder.rnn", "output"),
         "decoder.initial_state": ("decoder.initial_state", "output"),
         "decoder.embedding": ("decoder.embedding", "output"),
         **step_places("decoder.state"),

@@ -7,16 +7,14 @@ names and layouts of torch.nn.GRU and torch.nn.LSTM.
 from collections.abc import Callable
 
 from conformance.families import Config
-from conformance.families.decoders import MODEST, WORKING, Claims, without
+from conformance.families.decoders import Claims, without
+from conformance.families.encoder_decoders import MODEST
 from conformance.probes import PROBED_STEPS
 
-# What every case claims: full forwards, padding on either side of source and target, decoding from a state.
-PLAIN: Claims = MODEST
-# What a case that stores the loss claims beside; with gradients: FULL.
-WITH_LOSS: Claims = PLAIN | {"golden.loss": ("float64",)}
-FULL: Claims = WITH_LOSS | {"golden.logits": (*WORKING, "float16"), "golden.gradients": ("float64",)}
+# What a case claims that stores the loss, and no gradients.
+WITH_LOSS: Claims = MODEST | {"golden.loss": ("float64",)}
 # What one sentence alone can claim: nothing is padded.
-ALONE: Claims = without(PLAIN, "golden.left_padding", "golden.right_padding", "cache.ragged")
+ALONE: Claims = without(MODEST, "golden.left_padding", "golden.right_padding", "cache.ragged")
 
 Shapes = dict[str, tuple[int, ...]]
 Add = Callable[..., None]

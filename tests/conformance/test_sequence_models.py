@@ -65,7 +65,7 @@ def test_annotations_are_those_of_torchs_gru() -> None:
     inputs = arguments(recipe)
     expected, final = library(weights["encoder.embedding.weight"][inputs["input_ids"]])
     found = oracle(recipe).probes(**inputs)
-    torch.testing.assert_close(found["encoder.output"].flatten(2), expected.detach(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(found["encoder.layers.0.output"].flatten(2), expected.detach(), rtol=0, atol=1e-13)
     torch.testing.assert_close(found["encoder.layers.0.backward"][:, 0], final[1].detach(), rtol=0, atol=1e-13)
 
 

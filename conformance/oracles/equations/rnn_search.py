@@ -33,7 +33,7 @@ class RNNSearch:
             "encoder.embedding": torch.stack(words),
             "encoder.layers.0.forward": torch.stack(forward),
             "encoder.layers.0.backward": torch.stack(backward),
-            "encoder.output": torch.stack(h),
+            "encoder.layers.0.output": torch.stack(h),
             "decoder.initial_state": s,
         }
         previous = [self.w["decoder.embedding.weight"][y] for y in target]
