@@ -5,7 +5,7 @@ Oracle: the paper's equations as float64 loops, `conformance.oracles.equations.g
 
 from typing import Any
 
-from conformance.families import Config, ConfigField, Family, Recipe
+from conformance.families import Config, Family, Recipe
 from conformance.families.encoder_decoders import FULL, MODEST
 from conformance.families.sequence_models import (
     ALONE,
@@ -16,6 +16,7 @@ from conformance.families.sequence_models import (
     decoder_vocabulary,
     layer_shapes,
     mistakes,
+    sharper,
     step_places,
 )
 from conformance.probes import ProbeSpec
@@ -67,7 +68,7 @@ _MISTAKES = (
 
 def _recipes() -> tuple[Recipe, ...]:
     plain, shallow = _config(), _config(encoder_layers=2, decoder_layers=2)
-    return (
+    return sharper(
         Recipe(
             name="gnmt/plain",
             summary="the paper's model, unequal sizes",
@@ -262,7 +263,7 @@ FAMILY = Family(
     oracle_class="conformance.oracles.sequence_models:GNMT",
     oracle_kernels=("eager",),
     encoder_decoder=True,
-    fields=(ConfigField(name="decoder_vocab_size", default="vocab_size", meaning="number of target token ids"),),
+    fields=(),  # every key is a size that the shapes of the weights show
     recipes=_recipes(),
     tensor_shapes=tensor_shapes,
     probes=probes,

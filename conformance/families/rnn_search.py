@@ -17,6 +17,7 @@ from conformance.families.sequence_models import (
     decoder_vocabulary,
     layer_shapes,
     mistakes,
+    sharper,
     step_places,
 )
 from conformance.probes import ProbeSpec
@@ -69,7 +70,7 @@ _RESET_AFTER = "the reset gates after the product, as torch.nn.GRU has them"
 
 def _recipes() -> tuple[Recipe, ...]:
     plain = _config()
-    return (
+    return sharper(
         Recipe(
             name="rnn_search/plain",
             summary="the paper's model, unequal sizes",
@@ -247,10 +248,7 @@ FAMILY = Family(
     oracle_class="conformance.oracles.sequence_models:RNNSearch",
     oracle_kernels=("eager",),
     encoder_decoder=True,
-    fields=(
-        ConfigField(name="reset_after", default="false", meaning="the reset gates stand after the product U h"),
-        ConfigField(name="decoder_vocab_size", default="vocab_size", meaning="number of target token ids"),
-    ),
+    fields=(ConfigField(name="reset_after", default="false", meaning="the reset gates stand after the product U h"),),
     recipes=_recipes(),
     tensor_shapes=tensor_shapes,
     probes=probes,

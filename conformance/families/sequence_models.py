@@ -5,8 +5,9 @@ names and layouts of torch.nn.GRU and torch.nn.LSTM.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from conformance.families import Config
+from conformance.families import Config, Recipe
 from conformance.families.decoders import Claims, without
 from conformance.families.encoder_decoders import MODEST
 from conformance.probes import PROBED_STEPS
@@ -16,8 +17,17 @@ WITH_LOSS: Claims = MODEST | {"golden.loss": ("float64",)}
 # What one sentence alone can claim: nothing is padded.
 ALONE: Claims = without(MODEST, "golden.left_padding", "golden.right_padding", "cache.ragged")
 
+# States of recurrent layers lie between -1 and 1: with weights as drawn the energies would be so small that attention
+# is almost uniform and the tanh inside it almost linear, and mistakes there would drown in bfloat16's rounding.
+SHARPER = {"attention.query_weight": 4.0, "attention.memory_weight": 4.0, "attention.score_vector": 2.0}
+
 Shapes = dict[str, tuple[int, ...]]
 Add = Callable[..., None]
+
+
+def sharper(*recipes: Recipe) -> tuple[Recipe, ...]:
+    """The recipes with attention weights that make attention choose."""
+    return tuple(replace(recipe, scaled=SHARPER) for recipe in recipes)
 
 
 def mistakes(config: Config, labels: tuple[str, ...]) -> dict[str, Config]:
