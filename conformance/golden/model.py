@@ -85,9 +85,9 @@ def derive(recipe: Recipe) -> Derived:
         derivation.auxiliary_losses()
     if recipe.last_rows is None:
         derivation.probes_and_blocks()
-    if recipe.target is not None:
-        derivation.cut_sources()
     if recipe.batch > 1:
+        if recipe.target is not None:
+            derivation.cut_sources()
         derivation.check_padding()
     movement = derivation.counterfactuals()
     provenance = {
