@@ -6,7 +6,7 @@ memory-mapped files, so that the peak is the size of the weights, plus mapped pa
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
@@ -83,24 +83,39 @@ def load_model(
         CheckpointError: the directory cannot be read, or its family is not implemented.
         ValueError: config.json is not valid for its family.
     """
-    config = load_config(path)
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise CheckpointError(Path(path), [f"model_type={model_type!r} must be one of {sorted(FAMILIES)}"])
-    module_name, config_class, model_class = FAMILIES[model_type]
-    family = import_module(module_name)
-    with torch.device("meta"):
-        model: nn.Module = getattr(family, model_class)(getattr(family, config_class).from_dict(config), attention)
+    model = build(Path(path), load_config(path), attention)
     load_weights(model, path, dtype=dtype, device=device)
     return model.eval()
 
 
+def build(path: Path, config: Mapping[str, Any], attention: str) -> nn.Module:
+    """The model that config.json describes, on the meta device: shapes without memory."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise CheckpointError(path, [f"model_type={model_type!r} must be one of {sorted(FAMILIES)}"])
+    module_name, config_class, model_class = FAMILIES[model_type]
+    family = import_module(module_name)
+    with torch.device("meta"):
+        model: nn.Module = getattr(family, model_class)(getattr(family, config_class).from_dict(config), attention)
+    return model
+
+
 def load_weights(
-    model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    model: nn.Module,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    wanted: Callable[[str], bool] = lambda name: True,
+    place: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> None:
     """Fills every parameter of `model` from the files of a checkpoint directory; `dtype` None: as stored.
 
     A parameter with several names (a tied output projection) may be stored under one of them, or equal under several.
+
+    Args:
+        wanted: whether a parameter of this name is to be filled; the files must hold the others, which are not read.
+        place: name and value of a parameter → what the model gets of it (its part of a tensor-parallel model).
 
     Raises:
         CheckpointError: a file or tensor is missing, unreadable, unexpected, misshapen, or not where the index says.
@@ -113,13 +128,15 @@ def load_weights(
         files = {entry.file for entry in stored.values()}
         readers = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
         for names, parameter in parameters.items():
+            if not any(wanted(name) for name in names):
+                continue
             tensor, *others = (
                 readers[stored[name].file].get_tensor(stored[name].name) for name in names if name in stored
             )
             if not all(torch.equal(tensor, other) for other in others):
                 raise CheckpointError(path, [f"{' and '.join(names)} are one parameter, but differ in the files"])
             # A copy: the mapped file may be replaced or deleted while the model lives.
-            tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+            tensor = place(names[0], tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True))
             if isinstance(parameter, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             _set_tensor(model, names, tensor)
