@@ -36,9 +36,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--by", choices=("blocks", "columns"), default="blocks", help="pipeline or tensor parallel")
     parser.add_argument("--split", type=numbers, metavar="N,N,…", help="blocks of each process (as even as can be)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
-    parser.add_argument(
-        "--backend", default="gloo", help="of torch.distributed; nccl runs on CUDA devices (%(default)s)"
-    )
+    parser.add_argument("--backend", default="gloo", help="of torch.distributed; nccl: on CUDA (%(default)s)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds that one waits for another (%(default)s)")
     return parser.parse_args(argv)
 

@@ -1,7 +1,7 @@
 """Tensor parallel: each of N processes ("ranks") holds a part of every projection, and its own attention heads.
 
     q, k, v, gate, up     cut by output features ("columns" of x W): each rank has whole heads, or some hidden units
-    o, down               cut by input features ("rows"): each rank has a summand of the output; one all-reduce adds them
+    o, down               cut by input features ("rows"): each rank has a summand of the output; one all-reduce
     embedding table       cut by token ids: a rank looks up its own ids, the others give zeros; one all-reduce
     output projection     cut by token ids: each rank has some logits; one all-gather
     norms, routers        whole on every rank
@@ -53,7 +53,7 @@ class Conv1DParallel(ParallelStyle):
         self.use_local_output = use_local_output
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, self._partition, self._input, self._output)
+        return distribute_module(module, device_mesh, self._partition, self._input, self._output)  # type: ignore[arg-type]
 
     def _partition(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
         assert isinstance(module, Conv1D)
@@ -87,21 +87,12 @@ def heads() -> ParallelStyle:
 Style = Callable[[], ParallelStyle]
 
 # Module of a block → its style.
-_ATTENTION: Mapping[str, Style] = {f"self_attn.{name}_proj": heads for name in "qkv"}
+_ATTENTION: dict[str, Style] = {f"self_attn.{name}_proj": heads for name in "qkv"}
+_LLAMA_ATTENTION: dict[str, Style] = {**_ATTENTION, "self_attn.o_proj": rows}
+_EXPERT = "block_sparse_moe.experts.*"
 _BLOCKS: Mapping[str, Mapping[str, Style]] = {
-    "llama": {
-        **_ATTENTION,
-        "self_attn.o_proj": rows,
-        **{"mlp.gate_proj": columns, "mlp.up_proj": columns, "mlp.down_proj": rows},
-    },
-    "mixtral": {
-        **_ATTENTION,
-        "self_attn.o_proj": rows,
-        **{
-            f"block_sparse_moe.experts.*.{name}": style
-            for name, style in (("w1", columns), ("w3", columns), ("w2", rows))
-        },
-    },
+    "llama": _LLAMA_ATTENTION | {"mlp.gate_proj": columns, "mlp.up_proj": columns, "mlp.down_proj": rows},
+    "mixtral": _LLAMA_ATTENTION | {f"{_EXPERT}.w1": columns, f"{_EXPERT}.w3": columns, f"{_EXPERT}.w2": rows},
     "phi": {**_ATTENTION, "self_attn.dense": rows, "mlp.fc1": columns, "mlp.fc2": rows},
     "gpt2": {
         "attn.c_attn": partial(Conv1DParallel, "columns"),
@@ -145,10 +136,12 @@ def repeated_heads(num_heads: int, copies: int) -> Layout:
     """Each of `num_heads` key or value heads, rows of the weight, `copies` times; gradients of copies are added."""
 
     def there(x: Tensor) -> Tensor:  # (KV · Dh, …) → (KV · copies · Dh, …)
-        return x.unflatten(0, (num_heads, -1)).repeat_interleave(copies, dim=0).flatten(0, 1)
+        each: Tensor = x.unflatten(0, (num_heads, -1))
+        return each.repeat_interleave(copies, dim=0).flatten(0, 1)
 
     def back(x: Tensor) -> Tensor:
-        return x.unflatten(0, (num_heads, copies, -1)).sum(dim=1).flatten(0, 1)
+        each: Tensor = x.unflatten(0, (num_heads, copies, -1))
+        return each.sum(dim=1).flatten(0, 1)
 
     return Layout(there, back)
 
@@ -157,10 +150,12 @@ def fused_by_rank(ranks: int) -> Layout:
     """[Q | K | V], the columns of the weight, as [Q₀ K₀ V₀ | Q₁ K₁ V₁ | …]."""
 
     def there(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (3, ranks, -1)).transpose(-3, -2).flatten(-3)
+        parts: Tensor = x.unflatten(-1, (3, ranks, -1))
+        return parts.transpose(-3, -2).flatten(-3)
 
     def back(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (ranks, 3, -1)).transpose(-3, -2).flatten(-3)
+        parts: Tensor = x.unflatten(-1, (ranks, 3, -1))
+        return parts.transpose(-3, -2).flatten(-3)
 
     return Layout(there, back)
 
@@ -215,7 +210,8 @@ def load_tensor_parallel(
     model.get_submodule("lm_head").register_forward_hook(lambda module, inputs, logits: logits.full_tensor())
     if model.config.tie_word_embeddings:  # type: ignore[union-attr]
         # cut alike, by token ids: one parameter again
-        model.lm_head.weight = model.get_parameter(f"{anatomy(config).embeddings[0]}.weight")
+        table = model.get_parameter(f"{anatomy(config).embeddings[0]}.weight")
+        model.get_submodule("lm_head").register_parameter("weight", table)
 
     def place(name: str, tensor: Tensor) -> Tensor:
         parameter = model.get_parameter(name)
