@@ -28,15 +28,26 @@ class Reference:
     def __init__(self, attention: Literal["eager", "sdpa"]):
         self.attention = attention
         self.name = f"reference_impl, {attention}"
+        self.pipelines: dict[int, Any] = {}  # their processes serve all checkpoints
 
     def load(self, checkpoint: Any) -> Any:
         from reference_impl.checkpoint import load_model
 
         if name := checkpoint.config.get("component"):
             return self._component(name, checkpoint)
-        return adapted(
+        model = adapted(
             load_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device, attention=self.attention)
         )
+        if isinstance(model, Model):
+            model.partitioned = lambda stages: self._pipeline(stages).load(checkpoint)
+        return model
+
+    def _pipeline(self, stages: int) -> Any:
+        from conformance.implementations.partition import pipeline
+
+        if stages not in self.pipelines:
+            self.pipelines[stages] = pipeline(stages, self.attention)
+        return self.pipelines[stages]
 
     def _component(self, name: str, checkpoint: Any) -> Any:
         return lambda **arguments: component(get(name), arguments, checkpoint.config)
@@ -50,6 +61,8 @@ def adapted(model: torch.nn.Module) -> "Model | EncoderDecoderModel":
 
 class Model:
     """A decoder-only model behind the contract, with its loss."""
+
+    partitioned: Callable[[int], Any]
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.session = model, model.session
