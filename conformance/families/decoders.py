@@ -30,6 +30,9 @@ FULL: Claims = MODEST | {
     "golden.gradients": ("float64",),
 }
 
+# What one case of the family claims beside, the one with the most blocks.
+PARTITION: Claims = {"partition.bit_equal": ("float64", "float32")}
+
 
 def without(claims: Claims, *checks: str) -> Claims:
     return {check: dtypes for check, dtypes in claims.items() if check not in checks}

@@ -10,6 +10,7 @@ from conformance.families import Config, ConfigField, Family, Recipe, llama_like
 from conformance.families.decoders import (
     FULL,
     MODEST,
+    PARTITION,
     WORKING,
     block_checkpoint,
     field_case,
@@ -128,7 +129,7 @@ def _recipes() -> tuple[Recipe, ...]:
             config=window,
             weights="mistral/window",
             seq=17,
-            claims=without(FULL, "golden.gradients", "golden.blocks", "golden.loss"),
+            claims=without(FULL, "golden.gradients", "golden.blocks", "golden.loss") | PARTITION,
             store=frozenset({"positions"}),
             field="sliding_window",
             counterfactuals=_window_mistakes(window),
