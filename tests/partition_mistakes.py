@@ -76,7 +76,7 @@ class TableByHand(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         own = self.weight.to_local()
         rows = -(-self.weight.shape[0] // dist.get_world_size())  # DTensor's cut: all but the last are of this size
-        place = ids - rows * dist.get_rank() - (self.mistake == "tp-vocab-embedding, offset off by one")
+        place = ids - rows * dist.get_rank() - int(self.mistake == "tp-vocab-embedding, offset off by one")
         elsewhere = (place < 0) | (place >= len(own))
         found = F.embedding(place.clamp(0, len(own) - 1), own)
         return total(found if self.mistake == "tp-vocab-embedding" else found.masked_fill(elsewhere[..., None], 0.0))
@@ -186,8 +186,6 @@ def load_dying(checkpoint: Any, how: str) -> Any:
     def model(input_ids: Tensor) -> Tensor | None:
         if dist.get_rank() == 1:
             match how:
-                case "exit":
-                    os._exit(3)
                 case "kill":
                     os.kill(os.getpid(), 9)
                 case "hang":

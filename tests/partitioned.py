@@ -40,9 +40,10 @@ def tensor_parallel(ranks: int) -> OverRanks:
 class PartitionedReference(Reference):
     """The reference whose `partitioned` uses the shared processes, and perhaps another loader."""
 
-    def __init__(self, load_rank: Callable[..., Any] = partition.load_pipeline_stage, **settings: Any):
+    def __init__(self, load_rank: Callable[..., Any] | None = None, attention: str = "eager"):
         super().__init__("eager")
-        self.pipelines = {n: over(n, load_rank, **(settings or {"attention": "eager"})) for n in (2, 3)}
+        settings = {} if load_rank else {"attention": attention}
+        self.pipelines = {n: over(n, load_rank or partition.load_pipeline_stage, **settings) for n in (2, 3)}
 
 
 def in_ranks(count: int, task: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -17,6 +17,7 @@ that is killed.
 """
 
 import contextlib
+import functools
 import inspect
 import itertools
 import multiprocessing
@@ -97,15 +98,21 @@ class Ranks:
     """The processes.  They are started when first needed, and again when they have ended."""
 
     def __init__(self, count: int, backend: str):
-        self.count, self.backend = count, backend
+        self.count, self.backend, self.timeout = count, backend, ANSWER
         self.generation = 0
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
         self._numbers = itertools.count()
         self._dropped: list[int] = []
 
-    def ask(self, task: Callable[..., Any], *arguments: Any, timeout: float = ANSWER) -> list[Any]:
+    @property
+    def running(self) -> bool:
+        return bool(self._processes)
+
+    def ask(self, task: Callable[..., Any], *arguments: Any, timeout: float | None = None) -> list[Any]:
         """What `task(objects, *arguments)` returns in each rank; `objects` is the rank's own table.
+
+        timeout: seconds that the ranks have; None: `self.timeout`.
 
         Raises: Ended if a rank dies or is silent; what the first rank to fail raised, if one fails.
         """
@@ -114,7 +121,7 @@ class Ranks:
         for connection in self._connections:
             with contextlib.suppress(OSError):  # a dead rank; it is missed below
                 connection.send_bytes(message)
-        answers, failure = self._collect(timeout)
+        answers, failure = self._collect(self.timeout if timeout is None else timeout)
         if failure is not None:
             raise failure
         return [answers[rank] for rank in range(self.count)]
@@ -191,63 +198,76 @@ class Ranks:
         self._meeting.cleanup()
 
 
-class Remote:
-    """An object that every rank has under the same number."""
+class Handle:
+    """An object that every rank has under the same number, as long as somebody holds this."""
 
     def __init__(self, ranks: Ranks, dtype: torch.dtype):
-        self._ranks, self._dtype = ranks, str(dtype).removeprefix("torch.")
-        self._number, self._generation = ranks.number(), ranks.generation
-        weakref.finalize(self, ranks.drop, self._number, self._generation)
+        ranks.start()
+        self.ranks, self.dtype = ranks, dtype
+        self.number, self.generation = ranks.number(), ranks.generation
+        weakref.finalize(self, ranks.drop, self.number, self.generation)
 
-    def _ask(self, task: Callable[..., Any], *arguments: Any) -> list[Any]:
-        if self._generation != self._ranks.generation or not self._ranks._processes:
+    def ask(self, task: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `task(objects, number, dtype, gradients, *arguments)` returns in each rank.
+
+        Raises: what `Ranks.ask` raises, and Ended if these ranks have.
+        """
+        if self.generation != self.ranks.generation or not self.ranks.running:
             raise Ended("the ranks that held this model have ended")
-        return self._ranks.ask(task, self._number, self._dtype, torch.is_grad_enabled(), *arguments)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return self.ranks.ask(task, self.number, dtype, torch.is_grad_enabled(), *arguments)
 
 
-class RankedModel(Remote):
+class RankedModel:
     """The model that the ranks hold together.  It has `session` and `parameters` if theirs have what is needed."""
 
     def __init__(
         self, ranks: Ranks, load_rank: Callable[..., Any], checkpoint: RankCheckpoint, settings: dict[str, Any]
     ):
-        ranks.start()
-        super().__init__(ranks, checkpoint.dtype)
-        described = self._ask(load, load_rank, checkpoint, settings)[0]
-        if described["arguments"] is not None:
-            self.__signature__ = _signature(described["arguments"])
+        self.handle = Handle(ranks, checkpoint.dtype)
+        described = self.handle.ask(load, load_rank, checkpoint, settings)[0]
+        self.__signature__ = _signature(described["arguments"])
         if described["session"]:
-            self.session = lambda **source: RankedSession(self, source)
+            self.session = functools.partial(RankedSession, self.handle)
         self.parameters = checkpoint.tensors() if described["gradients"] else None
 
     def __call__(self, input_ids: Any, **arguments: Any) -> Any:
-        answer = one_answer(self._ask(call, "__call__", input_ids, arguments))
+        answer = one_answer(self.handle.ask(call, "__call__", input_ids, arguments))
         if not torch.is_grad_enabled() or self.parameters is None:
             return answer
         logits = answer["logits"] if isinstance(answer, Mapping) else answer
-        logits = _Logits.apply(self, logits, *self.parameters.values())
+        logits = _Logits.apply(self, logits, *self.parameters.values())  # type: ignore[no-untyped-call]
         return {**answer, "logits": logits} if isinstance(answer, Mapping) else logits
 
     def gradients(self, upstream: Tensor) -> dict[str, Tensor]:
         """Hub name → gradient, from the first rank that names it."""
         gradients: dict[str, Tensor] = {}
-        for answer in reversed(self._ask(call, "gradients", upstream, {})):
+        for answer in reversed(self.handle.ask(call, "gradients", upstream, {})):
             gradients |= answer
         return gradients
 
 
-class RankedSession(Remote):
-    """A session in every rank."""
+class RankedSession:
+    """A session in every rank.  It has `state_bytes`, the sum over the ranks, if theirs have."""
 
-    def __init__(self, model: RankedModel, source: dict[str, Tensor]):
-        super().__init__(model._ranks, getattr(torch, model._dtype))
-        self._model = model
-        described = self._ask(open_session, model._number, source)[0]
-        self.feed = lambda input_ids, **arguments: one_answer(self._ask(call, "feed", input_ids, arguments))
-        if described["arguments"] is not None:
-            self.feed.__signature__ = _signature(described["arguments"])  # type: ignore[attr-defined]
+    def __init__(self, model: Handle, **source: Tensor):
+        self.handle = Handle(model.ranks, model.dtype)
+        described = self.handle.ask(open_session, model.number, source)[0]
+        self.feed = _Feed(self.handle, described["arguments"])
         if described["state_bytes"]:
-            self.state_bytes = lambda: sum(self._ask(call, "state_bytes", None, {}))
+            self.state_bytes = functools.partial(_state_bytes, self.handle)
+
+
+class _Feed:
+    def __init__(self, handle: Handle, arguments: list[str] | None):
+        self.handle, self.__signature__ = handle, _signature(arguments)
+
+    def __call__(self, input_ids: Any, **arguments: Any) -> Any:
+        return one_answer(self.handle.ask(call, "feed", input_ids, arguments))
+
+
+def _state_bytes(handle: Handle) -> int:
+    return sum(handle.ask(call, "state_bytes", None, {}))
 
 
 class _Logits(torch.autograd.Function):
@@ -288,7 +308,10 @@ def _tensors(answer: Any) -> dict[str, Tensor]:
     return {name: torch.as_tensor(value) for name, value in named.items() if value is not None}
 
 
-def _signature(arguments: list[str]) -> inspect.Signature:
+def _signature(arguments: list[str] | None) -> inspect.Signature:
+    """What the ranks' function declares; None: anything."""
+    if arguments is None:
+        return inspect.Signature([inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)])
     return inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in arguments])
 
 
@@ -369,13 +392,15 @@ def answer(task: Callable[..., Any], objects: Objects, arguments: tuple[Any, ...
     try:
         return pickle.dumps((task(objects, *arguments), None))
     except Exception as error:
-        text = "".join(traceback.format_exception(error)).rstrip()
-        print(text, file=sys.stderr)
         raised = Unsupported(str(error)) if isinstance(error, Unsupported) else RuntimeError(_in_rank(error))
         return pickle.dumps((None, raised))
 
 
 def _in_rank(error: Exception) -> str:
+    """The error, where it was raised (the innermost line that is not torch's), and in which rank."""
     import torch.distributed as dist
 
-    return f"in rank {dist.get_rank()}: {type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(os.path.dirname(torch.__file__))]
+    where = f"{own[-1].filename}:{own[-1].lineno}" if own else "torch"
+    return f"in rank {dist.get_rank()}, {where}: {type(error).__name__}: {error}"
