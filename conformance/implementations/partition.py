@@ -57,7 +57,7 @@ def with_values(logits: Tensor) -> Tensor | None:
 class PipelineRank(Rank):
     def __init__(self, model: torch.nn.Module):
         super().__init__(model)
-        self.session = lambda: RankSession(model.session())  # type: ignore[operator]
+        self.session = lambda: RankSession(model.session())  # type: ignore[assignment, operator]
 
     def gradients(self, upstream: Tensor) -> dict[str, Tensor]:
         from reference_impl.partition.pipeline import sum_tied_gradients

@@ -9,8 +9,8 @@ every process has; a session's cache holds the keys and values of the stage's ow
 one process, operation for operation, and the logits are equal bit for bit (on one kind of machine, with one number of
 threads).
 
-torch.distributed.pipelining splits batches into micro-batches for training; its stages insist on the shapes of the
-first call, and decoding one token after a prompt has other ones. Hence plain `send` and `recv`.
+torch.distributed.pipelining splits batches into micro-batches for training; its stages receive into buffers of the
+first call's shape, and decoding one token after a prompt has another. Hence plain `send` and `recv`.
 """
 
 from collections.abc import Mapping, Sequence
