@@ -27,6 +27,7 @@ FAMILIES = {
     "mixtral": ("reference_impl.models.mixtral", "MixtralConfig", "Mixtral"),
     "openai-gpt": ("reference_impl.models.gpt", "GPTConfig", "GPT"),
     "phi": ("reference_impl.models.phi", "PhiConfig", "Phi"),
+    "switch_transformers": ("reference_impl.models.switch_transformer", "SwitchTransformerConfig", "SwitchTransformer"),
 }
 
 # Tensors that old files hold although they follow from config.json: rotary frequencies, GPT's and GPT-2's causal masks.

@@ -1,0 +1,391 @@
+"""Switch Transformer: T5, an encoder and a decoder, with a sparse feed-forward layer in every few blocks.
+
+Fedus et al. 2021, Switch Transformers (arXiv:2101.03961), on the model of Raffel et al. 2020, T5 (arXiv:1910.10683),
+section 2.1. A block normalises before each of its layers; the norm subtracts no mean and shifts nothing; attention has
+no scale and no position but a bias on its scores; no projection has a bias.
+
+Modules carry the names of Hugging Face checkpoints, so that a checkpoint's names are the state dict's names. Dropout
+and router jitter are not implemented: train() and eval() change nothing.
+
+Shapes: B batch, S source tokens, T target tokens of this call, K target tokens so far (cached and new).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from reference_impl.config import DERIVED, WITHOUT_EFFECT, read_fields, require_model_type
+from reference_impl.nn import masks
+from reference_impl.nn.feed_forward import DenseFeedForward, activation
+from reference_impl.nn.kv_cache import KVCache, LayerCache
+from reference_impl.nn.moe import load_balancing_loss, router_z_loss
+from reference_impl.nn.norm import RMSNorm
+from reference_impl.nn.relative_bias import bucket_starts, relative_position_bias
+from reference_impl.nn.switch import SwitchFeedForward
+from reference_impl.nn.t5_attention import KeysAndValues, T5Attention
+
+# Keys of config.json that say nothing about the logits in evaluation, beside those of every family.
+KEYS_WITHOUT_EFFECT = WITHOUT_EFFECT | {
+    "add_cross_attention", "add_router_probs", "decoder_start_token_id", "dropout_rate", "initializer_factor",
+    "is_decoder", "is_encoder_decoder", "n_positions", "output_past", "output_router_logits", "router_aux_loss_coef",
+    "router_jitter_noise", "router_z_loss_coef", "task_specific_params",
+}  # fmt: skip
+
+# Keys whose one value is what is implemented; old files say them, the library reads only router_dtype.
+ONE_VALUE = {"is_gated_act": False, "router_dtype": "float32", "router_type": "tokens_masked", "num_selected_experts": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchTransformerConfig:
+    """The keys of config.json that decide what Switch Transformer computes, with Hugging Face's defaults.
+
+    Raises ValueError where a value is out of range or two do not fit together.
+    """
+
+    # Number of token ids.
+    vocab_size: int = 32128
+    # Width of the residual stream.
+    d_model: int = 768
+    # Width of a head.
+    d_kv: int = 64
+    # Width inside a feed-forward layer or an expert.
+    d_ff: int = 2048
+    # Number of heads; num_heads · d_kv need not be d_model.
+    num_heads: int = 12
+    # Number of blocks of the encoder.
+    num_layers: int = 12
+    # Number of blocks of the decoder; null: num_layers.
+    num_decoder_layers: int = DERIVED
+    # How many blocks of the encoder are meant to be sparse; only encoder_sparse_step is derived from it.
+    num_sparse_encoder_layers: int = 3
+    # The same of the decoder.
+    num_sparse_decoder_layers: int = 3
+    # Block i of the encoder is sparse if i mod this is 1; 1: all are, 0: none; null: ⌊blocks / sparse blocks⌋.
+    encoder_sparse_step: int = DERIVED
+    # The same of the decoder.
+    decoder_sparse_step: int = DERIVED
+    # Number of experts of a sparse block, E.
+    num_experts: int = 8
+    # How many tokens of a row an expert takes, C.
+    expert_capacity: int = 64
+    # Whether the router's projection has a bias.
+    router_bias: bool = False
+    # Whether padding takes no room at an expert and is sent to none.
+    router_ignore_padding_tokens: bool = False
+    # Rows of a table of position biases.
+    relative_attention_num_buckets: int = 32
+    # Distance, in tokens, from which on all share the last bucket.
+    relative_attention_max_distance: int = 128
+    # Added to the mean square in every norm.
+    layer_norm_epsilon: float = 1e-6
+    # Activation of the feed-forward layers and experts.
+    dense_act_fn: str = "relu"
+    # Whether the output projection is the embedding table; if so, what enters it is divided by √d_model.
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_decoder_layers is None:
+            object.__setattr__(self, "num_decoder_layers", self.num_layers)
+        for side, blocks in (("encoder", self.num_layers), ("decoder", self.num_decoder_layers)):
+            if getattr(self, f"{side}_sparse_step") is None:
+                object.__setattr__(self, f"{side}_sparse_step", _sparse_step(self, side, blocks))
+        for name, value in asdict(self).items():
+            least = 0 if "sparse" in name else 1
+            if type(value) is int and value < least:
+                raise ValueError(f"{name}={value} must be {least} or more")
+        if self.layer_norm_epsilon <= 0:
+            raise ValueError(f"layer_norm_epsilon={self.layer_norm_epsilon} must be greater than 0")
+        bucket_starts(self.relative_attention_num_buckets // 2, self.relative_attention_max_distance)
+        bucket_starts(self.relative_attention_num_buckets, self.relative_attention_max_distance)
+        activation(self.dense_act_fn)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "SwitchTransformerConfig":
+        """Reads a parsed config.json of transformers 4.x or 5.x.
+
+        Raises:
+            ValueError: not a Switch Transformer, a key that could change the result is unknown, or a value is not
+                valid or not implemented.
+        """
+        require_model_type(config, "switch_transformers")
+        implemented = ONE_VALUE | {"feed_forward_proj": config.get("dense_act_fn", cls.dense_act_fn)}
+        for key, value in implemented.items():
+            if config.get(key, value) != value:
+                raise ValueError(f"{key}={config[key]!r} is not implemented; only {value!r} is")
+        return cls(**read_fields(cls, config, elsewhere=KEYS_WITHOUT_EFFECT | implemented.keys()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A config.json that transformers reads."""
+        kind = {"architectures": ["SwitchTransformersForConditionalGeneration"], "model_type": "switch_transformers"}
+        return {**kind, "is_encoder_decoder": True, **asdict(self)}
+
+
+def _sparse_step(config: SwitchTransformerConfig, side: str, blocks: int) -> int:
+    sparse = getattr(config, f"num_sparse_{side}_layers")
+    if not 1 <= sparse <= blocks:
+        raise ValueError(
+            f"num_sparse_{side}_layers={sparse} must be 1 … {blocks}, the number of blocks, for a step to follow from "
+            f"it; give {side}_sparse_step=0 if no block is sparse"
+        )
+    return int(blocks // sparse)
+
+
+def is_sparse(block: int, sparse_step: int) -> bool:
+    """Whether a block, counted from 0, has experts: of six blocks with step 2, these: – x – x – x.
+
+    Fedus et al. 2021, section 2.1, figure 2, and table 9 ("FFN / 2: every other layer"). With a step of 4 blocks 1, 5, 9
+    … are sparse; the last block need not be.
+    """
+    return sparse_step == 1 or (sparse_step > 1 and block % sparse_step == 1)
+
+
+class Sublayer(nn.Module):
+    """One layer of a block, between its norm and its residual connection: y = x + f(RMSNorm(x)).
+
+    Args:
+        name: what the hub calls f.
+        function: f; it gets what else `forward` is given.
+    """
+
+    def __init__(self, name: str, function: nn.Module, config: SwitchTransformerConfig) -> None:
+        super().__init__()
+        self._name = name
+        self.add_module(name, function)
+        self.layer_norm = RMSNorm(hidden_size=config.d_model, eps=config.layer_norm_epsilon)
+
+    def forward(self, x: Float[Tensor, "batch seq hidden"], *more: Any) -> Float[Tensor, "batch seq hidden"]:
+        y: Tensor = x + self.get_submodule(self._name)(self.layer_norm(x), *more)
+        return y
+
+
+class Block(nn.Module):
+    """Self-attention, in the decoder attention over the encoder's states, and a feed-forward layer, dense or sparse.
+
+    Raffel et al. 2020, section 2.1; Fedus et al. 2021, figure 2. Attention over the encoder has no position bias.
+    """
+
+    def __init__(self, config: SwitchTransformerConfig, attention: str, *, is_decoder: bool, number: int) -> None:
+        super().__init__()
+        step = config.decoder_sparse_step if is_decoder else config.encoder_sparse_step
+        self.is_sparse = is_sparse(number, step)
+        buckets = config.relative_attention_num_buckets if number == 0 else None
+        layers = [Sublayer("SelfAttention", _attention(config, attention, buckets), config)]
+        if is_decoder:
+            layers.append(Sublayer("EncDecAttention", _attention(config, attention, None), config))
+        layers.append(Sublayer("mlp", _feed_forward(config, self.is_sparse), config))
+        self.layer = nn.ModuleList(layers)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        mask: Bool[Tensor, "#batch 1 seq keys"],
+        bias: Float[Tensor, "#batch heads seq keys"],
+        counted: Bool[Tensor, "batch seq"] | None,
+        memory: KeysAndValues | None = None,
+        memory_mask: Bool[Tensor, "#batch 1 seq source"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """`mask`, `bias`, `cache`: of the self-attention. `counted`: as in `SwitchFeedForward`."""
+        x = self.layer[0](x, mask, bias, None, cache)
+        if memory is not None:
+            x = self.layer[1](x, memory_mask, None, memory)
+        y: Tensor = self.layer[-1](x, counted) if self.is_sparse else self.layer[-1](x)
+        return y
+
+
+def _attention(config: SwitchTransformerConfig, attention: str, num_buckets: int | None) -> T5Attention:
+    return T5Attention(
+        d_model=config.d_model,
+        d_kv=config.d_kv,
+        num_heads=config.num_heads,
+        num_buckets=num_buckets,
+        attention=attention,
+    )
+
+
+def _feed_forward(config: SwitchTransformerConfig, sparse: bool) -> nn.Module:
+    sizes: Any = {"hidden_size": config.d_model, "intermediate_size": config.d_ff, "hidden_act": config.dense_act_fn}
+    if not sparse:
+        return DenseFeedForward(**sizes)
+    return SwitchFeedForward(
+        **sizes,
+        num_experts=config.num_experts,
+        expert_capacity=config.expert_capacity,
+        router_bias=config.router_bias,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What the decoder needs of the source: each block's keys and values of it, and which of its tokens are real."""
+
+    keys_and_values: Sequence[KeysAndValues]
+    real: Bool[Tensor, "batch source"]
+
+
+class Stack(nn.Module):
+    """Encoder or decoder: embedding, blocks, final norm. The first block's position bias serves all of them."""
+
+    def __init__(
+        self, config: SwitchTransformerConfig, attention: str, embed_tokens: nn.Embedding, *, is_decoder: bool
+    ) -> None:
+        super().__init__()
+        self.config, self.is_decoder = config, is_decoder
+        self.embed_tokens = embed_tokens
+        blocks = config.num_decoder_layers if is_decoder else config.num_layers
+        self.block = nn.ModuleList(
+            Block(config, attention, is_decoder=is_decoder, number=number) for number in range(blocks)
+        )
+        self.final_layer_norm = RMSNorm(hidden_size=config.d_model, eps=config.layer_norm_epsilon)
+
+    def position_bias(
+        self, real: Bool[Tensor, "batch keys"], num_queries: int
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """For the last tokens of `real`. Positions count real tokens, so that padding moves nothing apart."""
+        positions = masks.positions(real, num_queries=real.shape[1])  # (B, K)
+        table = self.get_submodule("block.0.layer.0.SelfAttention").relative_attention_bias.weight
+        max_distance = self.config.relative_attention_max_distance
+        return relative_position_bias(
+            table, positions[:, -num_queries:], positions, max_distance, bidirectional=not self.is_decoder
+        )
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        real: Bool[Tensor, "batch keys"],
+        memory: Memory | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """`real`: of the tokens in `cache`, then of `input_ids`. `memory`: the decoder's source."""
+        seq = input_ids.shape[1]
+        mask = masks.visible_keys(real, num_queries=seq) if self.is_decoder else masks.real_keys(real, num_queries=seq)
+        bias = self.position_bias(real, seq)  # (B, H, T, K)
+        counted = real[:, -seq:] if self.config.router_ignore_padding_tokens else None
+        memory_mask = None if memory is None else masks.real_keys(memory.real, num_queries=seq)
+
+        x: Tensor = self.embed_tokens(input_ids)
+        for number, block in enumerate(self.block):
+            keys_and_values = None if memory is None else memory.keys_and_values[number]
+            layer_cache = None if cache is None else cache.layers[number]
+            x = block(x, mask, bias, counted, keys_and_values, memory_mask, layer_cache)
+        hidden: Tensor = self.final_layer_norm(x)
+        return hidden
+
+
+class SwitchTransformer(nn.Module):
+    """Switch Transformer with its output projection: source and target ids in, logits of the next target token out.
+
+    Weights start at torch's defaults; `reference_impl.checkpoint` loads trained ones.
+    """
+
+    def __init__(self, config: SwitchTransformerConfig, attention: str = "eager") -> None:
+        """`attention`: "eager" writes attention out, and its parts can be hooked; "sdpa" uses torch's fused kernel."""
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config, attention, self.shared, is_decoder=False)
+        self.decoder = Stack(config, attention, self.shared, is_decoder=True)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.shared.weight
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch source"],
+        attention_mask: masks.PaddingMask | None = None,
+        decoder_input_ids: Int[Tensor, "batch target"] | None = None,
+        decoder_attention_mask: masks.PaddingMask | None = None,
+    ) -> Float[Tensor, "batch target vocab"]:
+        """Logits of the token after each of `decoder_input_ids`. Logits at padding mean nothing, but are finite.
+
+        With `expert_capacity` smaller than a row, padding takes room at experts unless
+        `router_ignore_padding_tokens` is set.
+
+        Args:
+            input_ids: the source.
+            attention_mask: one number for each of `input_ids`, 1 real and 0 padding, on either side.
+            decoder_input_ids: what the decoder reads; it begins with the config's decoder_start_token_id.
+            decoder_attention_mask: one number for each of `decoder_input_ids`, in the same way.
+
+        Raises:
+            ValueError: there are no `decoder_input_ids`, or a mask does not fit its ids.
+        """
+        if decoder_input_ids is None:
+            raise ValueError("decoder_input_ids are missing: give what the decoder reads, or use session() and feed()")
+        return self.decode(self.encode(input_ids, attention_mask), decoder_input_ids, decoder_attention_mask)
+
+    def encode(
+        self, input_ids: Int[Tensor, "batch source"], attention_mask: masks.PaddingMask | None = None
+    ) -> Memory:
+        """Everything that is computed from the source, once."""
+        real = masks.real_tokens(input_ids, attention_mask)
+        states = self.encoder(input_ids, real)  # (B, S, hidden)
+        attentions: Any = [block.layer[1].EncDecAttention for block in self.decoder.block]
+        return Memory(keys_and_values=[attention.keys_and_values(states) for attention in attentions], real=real)
+
+    def decode(
+        self,
+        memory: Memory,
+        decoder_input_ids: Int[Tensor, "batch target"],
+        decoder_attention_mask: masks.PaddingMask | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch target vocab"]:
+        """Logits of the token after each of `decoder_input_ids`, which come after those in `cache`."""
+        real = masks.real_tokens(decoder_input_ids, decoder_attention_mask)  # (B, T)
+        if cache is not None:
+            real = cache.extended(real)  # (B, K)
+        hidden = self.decoder(decoder_input_ids, real, memory, cache)
+        if cache is not None:
+            cache.commit(real)
+        if self.config.tie_word_embeddings:
+            hidden = hidden * self.config.d_model**-0.5  # Shazeer's Mesh TensorFlow; embeddings are not scaled
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def router_losses(self, router_logits: Sequence[Float[Tensor, "batch seq experts"]]) -> dict[str, Float[Tensor, ""]]:
+        """What training adds to the cross-entropy, without the factors `router_aux_loss_coef` and `router_z_loss_coef`.
+
+        Fedus et al. 2021, section 2.2: "for each Switch layer, this auxiliary loss is added to the total model loss",
+        so both are summed over the layers of encoder and decoder; a layer's f and P are means over all its tokens.
+
+        Args:
+            router_logits: those of each router, as `recorded_router_logits` gives them.
+        """
+        aux_losses = [load_balancing_loss([logits], 1) for logits in router_logits]
+        z_losses = [router_z_loss(logits) for logits in router_logits]
+        return {"aux_loss": torch.stack(aux_losses).sum(), "z_loss": torch.stack(z_losses).sum()}
+
+    def session(
+        self, input_ids: Int[Tensor, "batch source"], attention_mask: masks.PaddingMask | None = None
+    ) -> "Session":
+        """Targets for a batch of sources, to be fed piece by piece."""
+        with torch.no_grad():
+            return Session(self, self.encode(input_ids, attention_mask))
+
+
+class Session:
+    """Feeds the decoder in pieces of any size. The source is encoded once, and so are each block's keys and values of it.
+
+    Experts have room for `expert_capacity` tokens of a call, not of a text: where that is too little for the whole
+    text, pieces give other logits than the whole.
+    """
+
+    def __init__(self, model: SwitchTransformer, memory: Memory) -> None:
+        self._model, self._memory = model, memory
+        self._cache = KVCache(num_hidden_layers=model.config.num_decoder_layers)
+
+    @torch.no_grad()
+    def feed(
+        self, input_ids: Int[Tensor, "batch seq"], attention_mask: masks.PaddingMask | None = None
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Logits of these target ids, given all that was fed before; `attention_mask` speaks of these ids only."""
+        return self._model.decode(self._memory, input_ids, attention_mask, self._cache)
+
+    def state_bytes(self) -> int:
+        """Memory that the session holds, in bytes."""
+        held = [tensor for pair in self._memory.keys_and_values for tensor in pair] + [self._memory.real]
+        return self._cache.state_bytes() + sum(tensor.numel() * tensor.element_size() for tensor in held)
