@@ -15,18 +15,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reference_impl.config import DERIVED, WITHOUT_EFFECT, read_fields, require_model_type
 from reference_impl.nn import masks
 from reference_impl.nn.feed_forward import DenseFeedForward, activation
-from reference_impl.nn.kv_cache import KVCache, LayerCache
+from reference_impl.nn.kv_cache import KVCache
 from reference_impl.nn.moe import load_balancing_loss, router_z_loss
-from reference_impl.nn.norm import RMSNorm
-from reference_impl.nn.relative_bias import bucket_starts, relative_position_bias
+from reference_impl.nn.relative_bias import bucket_starts
 from reference_impl.nn.switch import SwitchFeedForward
-from reference_impl.nn.t5_attention import KeysAndValues, T5Attention
+from reference_impl.nn.t5 import Block, Memory, Stack, T5Attention
 
 # Keys of config.json that say nothing about the logits in evaluation, beside those of every family.
 KEYS_WITHOUT_EFFECT = WITHOUT_EFFECT | {
@@ -35,8 +34,13 @@ KEYS_WITHOUT_EFFECT = WITHOUT_EFFECT | {
     "router_jitter_noise", "router_z_loss_coef", "task_specific_params",
 }  # fmt: skip
 
-# Keys whose one value is what is implemented; old files say them, the library reads only router_dtype.
-ONE_VALUE = {"is_gated_act": False, "router_dtype": "float32", "router_type": "tokens_masked", "num_selected_experts": 1}
+# Keys of which one value is implemented. The library reads only router_dtype; the others stand in old files.
+ONE_VALUE = {
+    "is_gated_act": False,
+    "router_dtype": "float32",
+    "router_type": "tokens_masked",
+    "num_selected_experts": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,77 +141,47 @@ def _sparse_step(config: SwitchTransformerConfig, side: str, blocks: int) -> int
 def is_sparse(block: int, sparse_step: int) -> bool:
     """Whether a block, counted from 0, has experts: of six blocks with step 2, these: – x – x – x.
 
-    Fedus et al. 2021, section 2.1, figure 2, and table 9 ("FFN / 2: every other layer"). With a step of 4 blocks 1, 5, 9
-    … are sparse; the last block need not be.
+    Fedus et al. 2021, table 9: an expert frequency of 1/2 is a step of 2. With a step of 4 blocks 1, 5, 9 … are sparse;
+    the last block need not be.
     """
     return sparse_step == 1 or (sparse_step > 1 and block % sparse_step == 1)
 
 
-class Sublayer(nn.Module):
-    """One layer of a block, between its norm and its residual connection: y = x + f(RMSNorm(x)).
-
-    Args:
-        name: what the hub calls f.
-        function: f; it gets what else `forward` is given.
-    """
-
-    def __init__(self, name: str, function: nn.Module, config: SwitchTransformerConfig) -> None:
-        super().__init__()
-        self._name = name
-        self.add_module(name, function)
-        self.layer_norm = RMSNorm(hidden_size=config.d_model, eps=config.layer_norm_epsilon)
-
-    def forward(self, x: Float[Tensor, "batch seq hidden"], *more: Any) -> Float[Tensor, "batch seq hidden"]:
-        y: Tensor = x + self.get_submodule(self._name)(self.layer_norm(x), *more)
-        return y
-
-
-class Block(nn.Module):
-    """Self-attention, in the decoder attention over the encoder's states, and a feed-forward layer, dense or sparse.
-
-    Raffel et al. 2020, section 2.1; Fedus et al. 2021, figure 2. Attention over the encoder has no position bias.
-    """
-
-    def __init__(self, config: SwitchTransformerConfig, attention: str, *, is_decoder: bool, number: int) -> None:
-        super().__init__()
-        step = config.decoder_sparse_step if is_decoder else config.encoder_sparse_step
-        self.is_sparse = is_sparse(number, step)
-        buckets = config.relative_attention_num_buckets if number == 0 else None
-        layers = [Sublayer("SelfAttention", _attention(config, attention, buckets), config)]
-        if is_decoder:
-            layers.append(Sublayer("EncDecAttention", _attention(config, attention, None), config))
-        layers.append(Sublayer("mlp", _feed_forward(config, self.is_sparse), config))
-        self.layer = nn.ModuleList(layers)
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch seq hidden"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
-        bias: Float[Tensor, "#batch heads seq keys"],
-        counted: Bool[Tensor, "batch seq"] | None,
-        memory: KeysAndValues | None = None,
-        memory_mask: Bool[Tensor, "#batch 1 seq source"] | None = None,
-        cache: LayerCache | None = None,
-    ) -> Float[Tensor, "batch seq hidden"]:
-        """`mask`, `bias`, `cache`: of the self-attention. `counted`: as in `SwitchFeedForward`."""
-        x = self.layer[0](x, mask, bias, None, cache)
-        if memory is not None:
-            x = self.layer[1](x, memory_mask, None, memory)
-        y: Tensor = self.layer[-1](x, counted) if self.is_sparse else self.layer[-1](x)
-        return y
+def _stack(config: SwitchTransformerConfig, attention: str, embed_tokens: nn.Embedding, *, is_decoder: bool) -> Stack:
+    """Encoder or decoder, with the blocks that the config names."""
+    number = config.num_decoder_layers if is_decoder else config.num_layers
+    step = config.decoder_sparse_step if is_decoder else config.encoder_sparse_step
+    norm: Any = {"hidden_size": config.d_model, "eps": config.layer_norm_epsilon}
+    blocks = [
+        Block(
+            _attention(config, attention, config.relative_attention_num_buckets if block == 0 else None),
+            _attention(config, attention, None) if is_decoder else None,
+            _feed_forward(config, sparse=is_sparse(block, step)),
+            **norm,
+        )
+        for block in range(number)
+    ]
+    return Stack(
+        embed_tokens,
+        blocks,
+        **norm,
+        max_distance=config.relative_attention_max_distance,
+        ignore_padding=config.router_ignore_padding_tokens,
+        is_decoder=is_decoder,
+    )
 
 
 def _attention(config: SwitchTransformerConfig, attention: str, num_buckets: int | None) -> T5Attention:
     return T5Attention(
-        d_model=config.d_model,
-        d_kv=config.d_kv,
+        hidden_size=config.d_model,
+        head_dim=config.d_kv,
         num_heads=config.num_heads,
         num_buckets=num_buckets,
         attention=attention,
     )
 
 
-def _feed_forward(config: SwitchTransformerConfig, sparse: bool) -> nn.Module:
+def _feed_forward(config: SwitchTransformerConfig, *, sparse: bool) -> DenseFeedForward | SwitchFeedForward:
     sizes: Any = {"hidden_size": config.d_model, "intermediate_size": config.d_ff, "hidden_act": config.dense_act_fn}
     if not sparse:
         return DenseFeedForward(**sizes)
@@ -217,63 +191,6 @@ def _feed_forward(config: SwitchTransformerConfig, sparse: bool) -> nn.Module:
         expert_capacity=config.expert_capacity,
         router_bias=config.router_bias,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """What the decoder needs of the source: each block's keys and values of it, and which of its tokens are real."""
-
-    keys_and_values: Sequence[KeysAndValues]
-    real: Bool[Tensor, "batch source"]
-
-
-class Stack(nn.Module):
-    """Encoder or decoder: embedding, blocks, final norm. The first block's position bias serves all of them."""
-
-    def __init__(
-        self, config: SwitchTransformerConfig, attention: str, embed_tokens: nn.Embedding, *, is_decoder: bool
-    ) -> None:
-        super().__init__()
-        self.config, self.is_decoder = config, is_decoder
-        self.embed_tokens = embed_tokens
-        blocks = config.num_decoder_layers if is_decoder else config.num_layers
-        self.block = nn.ModuleList(
-            Block(config, attention, is_decoder=is_decoder, number=number) for number in range(blocks)
-        )
-        self.final_layer_norm = RMSNorm(hidden_size=config.d_model, eps=config.layer_norm_epsilon)
-
-    def position_bias(
-        self, real: Bool[Tensor, "batch keys"], num_queries: int
-    ) -> Float[Tensor, "batch heads queries keys"]:
-        """For the last tokens of `real`. Positions count real tokens, so that padding moves nothing apart."""
-        positions = masks.positions(real, num_queries=real.shape[1])  # (B, K)
-        table = self.get_submodule("block.0.layer.0.SelfAttention").relative_attention_bias.weight
-        max_distance = self.config.relative_attention_max_distance
-        return relative_position_bias(
-            table, positions[:, -num_queries:], positions, max_distance, bidirectional=not self.is_decoder
-        )
-
-    def forward(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        real: Bool[Tensor, "batch keys"],
-        memory: Memory | None = None,
-        cache: KVCache | None = None,
-    ) -> Float[Tensor, "batch seq hidden"]:
-        """`real`: of the tokens in `cache`, then of `input_ids`. `memory`: the decoder's source."""
-        seq = input_ids.shape[1]
-        mask = masks.visible_keys(real, num_queries=seq) if self.is_decoder else masks.real_keys(real, num_queries=seq)
-        bias = self.position_bias(real, seq)  # (B, H, T, K)
-        counted = real[:, -seq:] if self.config.router_ignore_padding_tokens else None
-        memory_mask = None if memory is None else masks.real_keys(memory.real, num_queries=seq)
-
-        x: Tensor = self.embed_tokens(input_ids)
-        for number, block in enumerate(self.block):
-            keys_and_values = None if memory is None else memory.keys_and_values[number]
-            layer_cache = None if cache is None else cache.layers[number]
-            x = block(x, mask, bias, counted, keys_and_values, memory_mask, layer_cache)
-        hidden: Tensor = self.final_layer_norm(x)
-        return hidden
 
 
 class SwitchTransformer(nn.Module):
@@ -287,8 +204,8 @@ class SwitchTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = Stack(config, attention, self.shared, is_decoder=False)
-        self.decoder = Stack(config, attention, self.shared, is_decoder=True)
+        self.encoder = _stack(config, attention, self.shared, is_decoder=False)
+        self.decoder = _stack(config, attention, self.shared, is_decoder=True)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.shared.weight
@@ -318,14 +235,11 @@ class SwitchTransformer(nn.Module):
             raise ValueError("decoder_input_ids are missing: give what the decoder reads, or use session() and feed()")
         return self.decode(self.encode(input_ids, attention_mask), decoder_input_ids, decoder_attention_mask)
 
-    def encode(
-        self, input_ids: Int[Tensor, "batch source"], attention_mask: masks.PaddingMask | None = None
-    ) -> Memory:
+    def encode(self, input_ids: Int[Tensor, "batch source"], attention_mask: masks.PaddingMask | None = None) -> Memory:
         """Everything that is computed from the source, once."""
         real = masks.real_tokens(input_ids, attention_mask)
         states = self.encoder(input_ids, real)  # (B, S, hidden)
-        attentions: Any = [block.layer[1].EncDecAttention for block in self.decoder.block]
-        return Memory(keys_and_values=[attention.keys_and_values(states) for attention in attentions], real=real)
+        return self.decoder.memory(states, real)
 
     def decode(
         self,
@@ -346,14 +260,15 @@ class SwitchTransformer(nn.Module):
         logits: Tensor = self.lm_head(hidden)
         return logits
 
-    def router_losses(self, router_logits: Sequence[Float[Tensor, "batch seq experts"]]) -> dict[str, Float[Tensor, ""]]:
-        """What training adds to the cross-entropy, without the factors `router_aux_loss_coef` and `router_z_loss_coef`.
+    def router_losses(self, router_logits: Sequence[Float[Tensor, "batch _ experts"]]) -> dict[str, Float[Tensor, ""]]:
+        """What training adds to the cross-entropy, before `router_aux_loss_coef` and `router_z_loss_coef`.
 
         Fedus et al. 2021, section 2.2: "for each Switch layer, this auxiliary loss is added to the total model loss",
         so both are summed over the layers of encoder and decoder; a layer's f and P are means over all its tokens.
 
         Args:
-            router_logits: those of each router, as `recorded_router_logits` gives them.
+            router_logits: those of each router, as `recorded_router_logits` gives them; encoder and decoder may have
+                read different numbers of tokens.
         """
         aux_losses = [load_balancing_loss([logits], 1) for logits in router_logits]
         z_losses = [router_z_loss(logits) for logits in router_logits]
@@ -368,7 +283,7 @@ class SwitchTransformer(nn.Module):
 
 
 class Session:
-    """Feeds the decoder in pieces of any size. The source is encoded once, and so are each block's keys and values of it.
+    """Feeds the decoder in pieces of any size. The source, and each block's keys and values of it, are computed once.
 
     Experts have room for `expert_capacity` tokens of a call, not of a text: where that is too little for the whole
     text, pieces give other logits than the whole.
@@ -387,5 +302,4 @@ class Session:
 
     def state_bytes(self) -> int:
         """Memory that the session holds, in bytes."""
-        held = [tensor for pair in self._memory.keys_and_values for tensor in pair] + [self._memory.real]
-        return self._cache.state_bytes() + sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return self._cache.state_bytes() + self._memory.bytes()

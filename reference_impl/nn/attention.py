@@ -95,7 +95,7 @@ class AttentionKernel(nn.Module):
     """What a family's attention does between its projections: scores, softmax, weighted sum.
 
     A family's attention is a subclass with projections. When written out, two children without weights show to forward
-    hooks what no projection returns: `scores` (B, H, T, S), scaled, biased and not yet masked, and `weights` (B, H, T, S).
+    hooks what no projection returns: `scores` (B, H, T, S), scaled, biased, not yet masked, and `weights` (B, H, T, S).
 
     Args:
         scale: factor on every score; None: 1 / √Dh.

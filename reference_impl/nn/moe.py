@@ -84,7 +84,9 @@ def recorded_router_logits(model: nn.Module) -> Iterator[list[Tensor]]:
     """The logits of every router of `model`, in the order in which they are computed while the context is open."""
     recorded: list[Tensor] = []
     routers = [module for module in model.modules() if isinstance(module, Router)]
-    handles = [router.register_forward_hook(lambda _router, _args, logits: recorded.append(logits)) for router in routers]
+    handles = [
+        router.register_forward_hook(lambda _router, _args, logits: recorded.append(logits)) for router in routers
+    ]
     try:
         yield recorded
     finally:
