@@ -32,7 +32,7 @@ VOCABULARY: dict[str, str] = {
     "layers.N.attention.key_normed": "key, each head normalised on its own, before rotary positions",
     "layers.N.attention.query_rotated": "query after rotary positions, as the score kernel receives it",
     "layers.N.attention.key_rotated": "key after rotary positions, one per key-value head (not repeated)",
-    "layers.N.attention.scores": "scaled scores, before any mask",
+    "layers.N.attention.scores": "scaled scores, position bias included, before any mask",
     "layers.N.attention.weights": "attention weights: softmax of the masked scores over the keys",
     "layers.N.attention.context": "weighted sum of the values, before the output projection",
     "layers.N.attention.output": "output projection of the context, bias included",

@@ -33,7 +33,7 @@ COMPONENTS = (
     "sparse_moe",
     "switch_ffn",
 )
-MODELS = ("gpt", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi")
+MODELS = ("gpt", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi", "switch_transformer")
 FAMILIES = (*COMPONENTS, *MODELS)
 
 Config = dict[str, Any]
@@ -109,6 +109,7 @@ class Family:
     layers_key, positions_key: what config.json calls the number of blocks and the end of the context.
     module_kinds: name of a weight's module -> what kind of weight it is (`conformance.draws.KINDS`), for modules whose
         names do not say it.
+    copies: name of a tensor -> of the one that it repeats, for what a checkpoint holds twice.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Family:
     layers_key: str = "num_hidden_layers"
     positions_key: str = "max_position_embeddings"
     module_kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

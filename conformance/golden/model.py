@@ -23,7 +23,8 @@ def draw_weights(family: Family, recipe: Recipe) -> dict[str, Tensor]:
     """The case's weights under hub names, float32."""
     shapes = family.tensor_shapes(recipe.config)
     return {
-        name: draws.tensor(recipe.weights, name, shapes[name], family.module_kinds) * _factor(recipe, name)
+        name: draws.tensor(recipe.weights, family.copies.get(name, name), shapes[name], family.module_kinds)
+        * _factor(recipe, name)
         for name in sorted(shapes)
     }
 
@@ -84,9 +85,9 @@ def derive(recipe: Recipe) -> Derived:
         derivation.auxiliary_losses()
     if recipe.last_rows is None:
         derivation.probes_and_blocks()
-    if recipe.target is not None:
-        derivation.cut_sources()
     if recipe.batch > 1:
+        if recipe.target is not None:
+            derivation.cut_sources()
         derivation.check_padding()
     movement = derivation.counterfactuals()
     provenance = {

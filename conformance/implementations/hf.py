@@ -10,8 +10,8 @@ from torch import Tensor
 from conformance.implementation import Unsupported
 
 # Families whose model the installed transformers has, and those of them that it has no SDPA kernel for.
-HUB_FAMILIES = frozenset({"gpt", "gpt2", "llama", "mistral", "mixtral", "phi"})
-EAGER_ONLY = frozenset({"gpt"})
+HUB_FAMILIES = frozenset({"gpt", "gpt2", "llama", "mistral", "mixtral", "phi", "switch_transformer"})
+EAGER_ONLY = frozenset({"gpt", "switch_transformer"})
 # Encoder–decoder models whose positions count pads, and that take no positions of ours.
 COUNTS_PADS = frozenset({"marian"})
 # model_type -> how to load it. The default kernel of experts, grouped_mm, has no float64.

@@ -64,8 +64,10 @@ class Model:
     ) -> dict[str, Tensor]:
         from reference_impl.nn.loss import next_token_loss
 
-        logits = self.model(input_ids, attention_mask, position_ids)
-        return {"logits": logits} if labels is None else {"logits": logits, "loss": next_token_loss(logits, labels)}
+        logits, router_losses = with_router_losses(self.model, input_ids, attention_mask, position_ids)
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": next_token_loss(logits, labels), **router_losses}
 
 
 class EncoderDecoderModel:
@@ -85,8 +87,21 @@ class EncoderDecoderModel:
     ) -> dict[str, Tensor]:
         from reference_impl.nn.loss import token_loss
 
-        logits = self.model(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
-        return {"logits": logits} if labels is None else {"logits": logits, "loss": token_loss(logits, labels)}
+        logits, router_losses = with_router_losses(
+            self.model, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask
+        )
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": token_loss(logits, labels), **router_losses}
+
+
+def with_router_losses(model: Any, *arguments: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """A model's logits, and what its routers, if it has any, add to the loss, before the coefficients, by name."""
+    from reference_impl.nn.moe import recorded_router_logits
+
+    with recorded_router_logits(model) as router_logits:
+        logits = model(*arguments)
+    return logits, model.router_losses(router_logits) if router_logits else {}
 
 
 def build(config: "Config", weights: dict[str, Tensor]) -> torch.nn.Module:

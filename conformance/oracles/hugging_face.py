@@ -9,7 +9,7 @@ the kernel's own query and key and must reproduce the kernel's own weights.
 import contextlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +128,7 @@ class HuggingFace:
         """Probe -> (path of the library's module, "input" or "output")."""
         return self.family.module_probes(self.config)
 
-    def tapped(self) -> contextlib.AbstractContextManager[dict[int, dict[str, Tensor]]]:
+    def tapped(self) -> contextlib.AbstractContextManager[dict[Any, dict[str, Tensor]]]:
         """While open, the attention kernels tell what they receive and return: layer -> quantity -> value."""
         return tapped_attention(self.model)
 
@@ -153,16 +153,25 @@ def real_positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def layer_index(attention: Any) -> Any:
+    """Where a decoder's attention stands: in which layer."""
+    return attention.layer_idx
+
+
 @contextlib.contextmanager
-def tapped_attention(model: torch.nn.Module) -> Iterator[dict[int, dict[str, Tensor]]]:
+def tapped_attention(
+    model: torch.nn.Module, configs: Sequence[Any] = (), place: Callable[[Any], Any] = layer_index
+) -> Iterator[dict[Any, dict[str, Tensor]]]:
     """Switch the model to an attention kernel that also tells what it received and returned, layer by layer.
 
     Works for models on the library's attention interface.
+    configs: those of the model's parts that have copies of their own (encoder, decoder).
+    place: an attention module -> under which key its values are kept.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    tapped: dict[int, dict[str, Tensor]] = {}
+    tapped: dict[Any, dict[str, Tensor]] = {}
 
     def tap(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kw: Any
@@ -172,20 +181,24 @@ def tapped_attention(model: torch.nn.Module) -> Iterator[dict[int, dict[str, Ten
         groups = query.shape[1] // key.shape[1]
         keys = home.repeat_kv(key, groups) if groups > 1 else key
         scores = query @ keys.transpose(2, 3) * scaling
+        if kw.get("position_bias") is not None:
+            scores = scores + kw["position_bias"]
         masked = scores if attention_mask is None else scores + attention_mask
         if not torch.allclose(masked.softmax(-1), weights, rtol=0, atol=1e-14):
             raise AssertionError("the recomputed scores do not give the kernel's own weights")
         values = {"query": query, "key": key, "value": value, "scores": scores,
                   "weights": weights, "context": context}  # fmt: skip
-        tapped[module.layer_idx] = {quantity: tensor.detach().clone() for quantity, tensor in values.items()}
+        tapped[place(module)] = {quantity: tensor.detach().clone() for quantity, tensor in values.items()}
         return context, weights
 
     ALL_ATTENTION_FUNCTIONS.register("conformance_tap", tap)
     ALL_MASK_ATTENTION_FUNCTIONS.register("conformance_tap", eager_mask)
-    settings: Any = model.config
-    before = settings._attn_implementation
-    settings._attn_implementation = "conformance_tap"
+    settings: list[Any] = [model.config, *configs]
+    before = [config._attn_implementation for config in settings]
+    for config in settings:
+        config._attn_implementation = "conformance_tap"
     try:
         yield tapped
     finally:
-        settings._attn_implementation = before
+        for config, kernel in zip(settings, before, strict=True):
+            config._attn_implementation = kernel

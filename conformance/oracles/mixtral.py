@@ -28,14 +28,14 @@ class Mixtral(HuggingFace):
         return {n: t.contiguous() for n, t in revert_weight_conversion(self.model, super().gradients()).items()}
 
     @contextlib.contextmanager
-    def tapped(self) -> Iterator[dict[int, dict[str, Tensor]]]:
+    def tapped(self) -> Iterator[dict[Any, dict[str, Tensor]]]:
         """While open, attention and experts tell what they receive and return: layer -> quantity -> value."""
         with tapped_attention(self.model) as tapped, _tapped_experts(self.model, tapped):
             yield tapped
 
 
 @contextlib.contextmanager
-def _tapped_experts(model: torch.nn.Module, tapped: dict[int, dict[str, Tensor]]) -> Iterator[None]:
+def _tapped_experts(model: torch.nn.Module, tapped: dict[Any, dict[str, Tensor]]) -> Iterator[None]:
     """Add to `tapped` the routing weights that every fused experts module received, and what the chosen experts return.
 
     The library returns the weighted sum only. Its own experts are called once for each place in a token's choice, with

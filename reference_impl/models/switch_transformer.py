@@ -62,8 +62,8 @@ class SwitchTransformerConfig:
     num_heads: int = 12
     # Number of blocks of the encoder.
     num_layers: int = 12
-    # Number of blocks of the decoder; null: num_layers.
-    num_decoder_layers: int = DERIVED
+    # Number of blocks of the decoder; null: num_layers, but a file that does not say means 12.
+    num_decoder_layers: int = 12
     # How many blocks of the encoder are meant to be sparse; only encoder_sparse_step is derived from it.
     num_sparse_encoder_layers: int = 3
     # The same of the decoder.
@@ -92,8 +92,6 @@ class SwitchTransformerConfig:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        if self.num_decoder_layers is None:
-            object.__setattr__(self, "num_decoder_layers", self.num_layers)
         for side, blocks in (("encoder", self.num_layers), ("decoder", self.num_decoder_layers)):
             if getattr(self, f"{side}_sparse_step") is None:
                 object.__setattr__(self, f"{side}_sparse_step", _sparse_step(self, side, blocks))
@@ -120,6 +118,8 @@ class SwitchTransformerConfig:
         for key, value in implemented.items():
             if config.get(key, value) != value:
                 raise ValueError(f"{key}={config[key]!r} is not implemented; only {value!r} is")
+        if config.get("num_decoder_layers", cls.num_decoder_layers) is None:
+            config = {**config, "num_decoder_layers": config.get("num_layers", cls.num_layers)}
         return cls(**read_fields(cls, config, elsewhere=KEYS_WITHOUT_EFFECT | implemented.keys()))
 
     def to_dict(self) -> dict[str, Any]:
@@ -256,7 +256,7 @@ class SwitchTransformer(nn.Module):
         if cache is not None:
             cache.commit(real)
         if self.config.tie_word_embeddings:
-            hidden = hidden * self.config.d_model**-0.5  # Shazeer's Mesh TensorFlow; embeddings are not scaled
+            hidden = hidden * self.config.d_model**-0.5  # as T5's code; embeddings on their way in are not scaled
         logits: Tensor = self.lm_head(hidden)
         return logits
 

@@ -371,9 +371,12 @@ def test_a_step_in_the_file_goes_before_the_number_of_sparse_blocks():
     assert (config.encoder_sparse_step, config.decoder_sparse_step) == (1, 0)
 
 
-def test_decoder_is_as_deep_as_the_encoder_where_nothing_is_said():
+def test_decoder_of_null_blocks_is_as_deep_as_the_encoder_and_one_that_is_not_mentioned_has_12():
     config = SwitchTransformerConfig.from_dict({**HUB, "num_decoder_layers": None})
     assert (config.num_decoder_layers, config.decoder_sparse_step) == (6, 6)
+    absent = {key: value for key, value in HUB.items() if key != "num_decoder_layers"}
+    config = SwitchTransformerConfig.from_dict(absent)
+    assert (config.num_decoder_layers, config.decoder_sparse_step) == (12, 12)
 
 
 def test_defaults_are_those_of_the_library():
