@@ -17,7 +17,8 @@ margins to suffice.
 from typing import Any
 
 from conformance.families import Config, ConfigField, Family, Recipe
-from conformance.families.decoders import MODEST, field_case, only_in, without
+from conformance.families.decoders import field_case, only_in, without
+from conformance.families.encoder_decoders import MODEST
 from conformance.probes import ProbeSpec
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -94,8 +95,8 @@ _CACHED = ("cache.prefill_decode", "cache.one_by_one", "cache.chunks", "cache.ra
 
 def _recipe(name: str, summary: str, config: Config, *, weights: str | None = None, **more: Any) -> Recipe:
     name = f"switch_transformer/{name}"
-    more = {"claims": _MODEST, "target": _TARGET, "scaled": _SMALL_QUERIES} | more
-    return Recipe(name=name, summary=summary, config=config, weights=weights or name, **more)
+    settings: dict[str, Any] = {"claims": _MODEST, "target": _TARGET, "scaled": _SMALL_QUERIES, **more}
+    return Recipe(name=name, summary=summary, config=config, weights=weights or name, **settings)
 
 
 def _field(
@@ -361,7 +362,7 @@ def module_probes(config: Config) -> dict[str, tuple[str, str]]:
 
 def kernel_probes(config: Config) -> dict[str, tuple[str, str]]:
     """Probe -> (path as the reference names it, what the kernel of attention or of experts calls the value)."""
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for probe, path, module, sparse in _sublayers(config):
         if module != "mlp":
             found |= {probe + name: (f"{path}.{module}.{name}", name) for name in ("scores", "weights")}

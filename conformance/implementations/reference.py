@@ -88,19 +88,22 @@ class EncoderDecoderModel:
         from reference_impl.nn.loss import token_loss
 
         logits, router_losses = with_router_losses(
-            self.model, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask
-        )
+            self.model, input_ids, attention_mask, decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+        )  # fmt: skip
         if labels is None:
             return {"logits": logits}
         return {"logits": logits, "loss": token_loss(logits, labels), **router_losses}
 
 
-def with_router_losses(model: Any, *arguments: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+def with_router_losses(
+    model: Any, *arguments: Tensor | None, **named: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """A model's logits, and what its routers, if it has any, add to the loss, before the coefficients, by name."""
     from reference_impl.nn.moe import recorded_router_logits
 
     with recorded_router_logits(model) as router_logits:
-        logits = model(*arguments)
+        logits = model(*arguments, **named)
     return logits, model.router_losses(router_logits) if router_logits else {}
 
 

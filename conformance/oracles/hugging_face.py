@@ -153,20 +153,20 @@ def real_positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def layer_index(attention: Any) -> Any:
-    """Where a decoder's attention stands: in which layer."""
-    return attention.layer_idx
+def by_layer(module: Any) -> Any:
+    """How a decoder-only model's attention is known: by the number of its layer."""
+    return module.layer_idx
 
 
 @contextlib.contextmanager
 def tapped_attention(
-    model: torch.nn.Module, configs: Sequence[Any] = (), place: Callable[[Any], Any] = layer_index
+    model: torch.nn.Module, key_of: Callable[[Any], Any] = by_layer, configs: Sequence[Any] = ()
 ) -> Iterator[dict[Any, dict[str, Tensor]]]:
     """Switch the model to an attention kernel that also tells what it received and returned, layer by layer.
 
     Works for models on the library's attention interface.
-    configs: those of the model's parts that have copies of their own (encoder, decoder).
-    place: an attention module -> under which key its values are kept.
+    key_of: the attention module -> what its values are known by.
+    configs: those of parts of the model that have copies of their own (encoder, decoder).
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -188,7 +188,7 @@ def tapped_attention(
             raise AssertionError("the recomputed scores do not give the kernel's own weights")
         values = {"query": query, "key": key, "value": value, "scores": scores,
                   "weights": weights, "context": context}  # fmt: skip
-        tapped[place(module)] = {quantity: tensor.detach().clone() for quantity, tensor in values.items()}
+        tapped[key_of(module)] = {quantity: tensor.detach().clone() for quantity, tensor in values.items()}
         return context, weights
 
     ALL_ATTENTION_FUNCTIONS.register("conformance_tap", tap)

@@ -65,21 +65,18 @@ class SwitchTransformers(HuggingFace):
     def tapped(self) -> Iterator[dict[Any, dict[str, Tensor]]]:
         paths = {module: name for name, module in self.model.named_modules()}
         configs = [self.model.encoder.config, self.model.decoder.config]
-        with tapped_attention(self.model, configs, paths.__getitem__) as tapped, _tapped_experts(self.model, tapped):
+        with tapped_attention(self.model, paths.__getitem__, configs) as tapped, _tapped_experts(self.model, tapped):
             yield tapped
 
     def _call(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         **more: Any,
     ) -> Any:
-        return self.model(
-            input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask, use_cache=False, **more,
-        )  # fmt: skip
+        assert position_ids is None  # the library takes none: distances are all that its position bias knows
+        return self.model(input_ids, attention_mask=attention_mask, use_cache=False, **more)
 
 
 @contextlib.contextmanager

@@ -15,17 +15,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from reference_impl.config import DERIVED, WITHOUT_EFFECT, read_fields, require_model_type
 from reference_impl.nn import masks
+from reference_impl.nn.cross_attention import DecodingSession, Memory
 from reference_impl.nn.feed_forward import DenseFeedForward, activation
 from reference_impl.nn.kv_cache import KVCache
 from reference_impl.nn.moe import load_balancing_loss, router_z_loss
 from reference_impl.nn.relative_bias import bucket_starts
 from reference_impl.nn.switch import SwitchFeedForward
-from reference_impl.nn.t5 import Block, Memory, Stack, T5Attention
+from reference_impl.nn.t5 import Block, Stack, T5Attention
 
 # Keys of config.json that say nothing about the logits in evaluation, beside those of every family.
 KEYS_WITHOUT_EFFECT = WITHOUT_EFFECT | {
@@ -214,7 +215,8 @@ class SwitchTransformer(nn.Module):
         self,
         input_ids: Int[Tensor, "batch source"],
         attention_mask: masks.PaddingMask | None = None,
-        decoder_input_ids: Int[Tensor, "batch target"] | None = None,
+        *,
+        decoder_input_ids: Int[Tensor, "batch target"],
         decoder_attention_mask: masks.PaddingMask | None = None,
     ) -> Float[Tensor, "batch target vocab"]:
         """Logits of the token after each of `decoder_input_ids`. Logits at padding mean nothing, but are finite.
@@ -229,30 +231,25 @@ class SwitchTransformer(nn.Module):
             decoder_attention_mask: one number for each of `decoder_input_ids`, in the same way.
 
         Raises:
-            ValueError: there are no `decoder_input_ids`, or a mask does not fit its ids.
+            ValueError: a mask does not fit its ids.
         """
-        if decoder_input_ids is None:
-            raise ValueError("decoder_input_ids are missing: give what the decoder reads, or use session() and feed()")
-        return self.decode(self.encode(input_ids, attention_mask), decoder_input_ids, decoder_attention_mask)
-
-    def encode(self, input_ids: Int[Tensor, "batch source"], attention_mask: masks.PaddingMask | None = None) -> Memory:
-        """Everything that is computed from the source, once."""
-        real = masks.real_tokens(input_ids, attention_mask)
-        states = self.encoder(input_ids, real)  # (B, S, hidden)
-        return self.decoder.memory(states, real)
+        source_real = masks.real_tokens(input_ids, attention_mask)
+        memory = self.decoder.memory(self.encoder(input_ids, source_real))
+        return self.decode(decoder_input_ids, decoder_attention_mask, memory, source_real)
 
     def decode(
         self,
-        memory: Memory,
         decoder_input_ids: Int[Tensor, "batch target"],
-        decoder_attention_mask: masks.PaddingMask | None = None,
+        decoder_attention_mask: masks.PaddingMask | None,
+        memory: Sequence[Memory],
+        source_real: Bool[Tensor, "batch source"],
         cache: KVCache | None = None,
     ) -> Float[Tensor, "batch target vocab"]:
         """Logits of the token after each of `decoder_input_ids`, which come after those in `cache`."""
         real = masks.real_tokens(decoder_input_ids, decoder_attention_mask)  # (B, T)
         if cache is not None:
             real = cache.extended(real)  # (B, K)
-        hidden = self.decoder(decoder_input_ids, real, memory, cache)
+        hidden = self.decoder(decoder_input_ids, real, memory, source_real, cache)
         if cache is not None:
             cache.commit(real)
         if self.config.tie_word_embeddings:
@@ -274,32 +271,24 @@ class SwitchTransformer(nn.Module):
         z_losses = [router_z_loss(logits) for logits in router_logits]
         return {"aux_loss": torch.stack(aux_losses).sum(), "z_loss": torch.stack(z_losses).sum()}
 
-    def session(
-        self, input_ids: Int[Tensor, "batch source"], attention_mask: masks.PaddingMask | None = None
-    ) -> "Session":
-        """Targets for a batch of sources, to be fed piece by piece."""
-        with torch.no_grad():
-            return Session(self, self.encode(input_ids, attention_mask))
-
-
-class Session:
-    """Feeds the decoder in pieces of any size. The source, and each block's keys and values of it, are computed once.
-
-    Experts have room for `expert_capacity` tokens of a call, not of a text: where that is too little for the whole
-    text, pieces give other logits than the whole.
-    """
-
-    def __init__(self, model: SwitchTransformer, memory: Memory) -> None:
-        self._model, self._memory = model, memory
-        self._cache = KVCache(num_hidden_layers=model.config.num_decoder_layers)
-
     @torch.no_grad()
-    def feed(
-        self, input_ids: Int[Tensor, "batch seq"], attention_mask: masks.PaddingMask | None = None
-    ) -> Float[Tensor, "batch seq vocab"]:
-        """Logits of these target ids, given all that was fed before; `attention_mask` speaks of these ids only."""
-        return self._model.decode(self._memory, input_ids, attention_mask, self._cache)
+    def session(
+        self,
+        input_ids: Int[Tensor, "batch source"],
+        attention_mask: masks.PaddingMask | None = None,
+        max_length: int | None = None,
+    ) -> DecodingSession:
+        """Encodes a batch of sources, whose targets are then fed piece by piece.
 
-    def state_bytes(self) -> int:
-        """Memory that the session holds, in bytes."""
-        return self._cache.state_bytes() + self._memory.bytes()
+        Experts have room for `expert_capacity` tokens of a call, not of a text: where that is too little for a whole
+        text, pieces give other logits than the whole. `max_length` (tokens of the target, padding included) fixes the
+        memory of the cache.
+        """
+        source_real = masks.real_tokens(input_ids, attention_mask)
+        memory = self.decoder.memory(self.encoder(input_ids, source_real))
+
+        def decode(ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+            return self.decode(ids, mask, memory, source_real, cache)
+
+        cache = KVCache(num_hidden_layers=self.config.num_decoder_layers, max_length=max_length)
+        return DecodingSession(decode, memory, cache)

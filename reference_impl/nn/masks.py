@@ -105,8 +105,3 @@ def visible_keys(
     if sliding_window is not None:
         may_see = may_see & within_window(real, num_queries=num_queries, sliding_window=sliding_window)
     return may_see[:, None]  # (B, 1, T, S): the same for every head
-
-
-def real_keys(real: Bool[Tensor, "batch keys"], *, num_queries: int) -> Bool[Tensor, "batch 1 queries keys"]:
-    """Keys that are not padding, in front of a query or behind it: an encoder, or a decoder that looks at one."""
-    return real[:, None, None, :].expand(-1, 1, num_queries, -1)

@@ -7,7 +7,6 @@ Shapes: B batch, T tokens of this call (queries), K keys (cached and new, or a d
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Bool, Float, Int
@@ -15,14 +14,12 @@ from torch import Tensor, nn
 
 from reference_impl.nn import masks
 from reference_impl.nn.attention import AttentionKernel, merge_heads, split_heads
+from reference_impl.nn.cross_attention import Memory, all_real
 from reference_impl.nn.feed_forward import DenseFeedForward
 from reference_impl.nn.kv_cache import KVCache, LayerCache
 from reference_impl.nn.norm import RMSNorm
 from reference_impl.nn.relative_bias import relative_position_bias
 from reference_impl.nn.switch import SwitchFeedForward
-
-# Keys and values of all heads, (B, H, K, Dh) each.
-KeysAndValues = tuple[Float[Tensor, "batch heads keys head_dim"], Float[Tensor, "batch heads keys head_dim"]]
 
 
 class T5Attention(AttentionKernel):
@@ -52,22 +49,22 @@ class T5Attention(AttentionKernel):
         if num_buckets is not None:
             self.relative_attention_bias = nn.Embedding(num_buckets, num_heads)
 
-    def keys_and_values(self, states: Float[Tensor, "batch keys hidden"]) -> KeysAndValues:
-        """Of an encoder's states they are the same for every target token, so that computing them once is enough."""
+    def keys_values(self, states: Float[Tensor, "batch keys hidden"]) -> Memory:
+        """Keys and values (B, H, K, Dh). Those of an encoder's states serve all target tokens: once is enough."""
         return split_heads(self.k(states), self.head_dim), split_heads(self.v(states), self.head_dim)
 
     def forward(
         self,
         x: Float[Tensor, "batch seq hidden"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
+        mask: Bool[Tensor, "#batch 1 #seq keys"],
         bias: Float[Tensor, "#batch heads seq keys"] | None = None,
-        memory: KeysAndValues | None = None,
+        memory: Memory | None = None,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """`mask`: True where a query may see a key. `memory`: of an encoder; None: the keys and values are those of
         `x`, after the ones in `cache`."""
         query = split_heads(self.q(x), self.head_dim)  # (B, H, T, Dh)
-        key, value = self.keys_and_values(x) if memory is None else memory  # (B, H, K, Dh)
+        key, value = self.keys_values(x) if memory is None else memory  # (B, H, K, Dh)
         if cache is not None:
             key, value = cache.append(key, value)
         output: Tensor = self.o(merge_heads(self.attend(query, key, value, mask, bias)))
@@ -117,31 +114,19 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch seq hidden"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
+        mask: Bool[Tensor, "#batch 1 #seq keys"],
         bias: Float[Tensor, "#batch heads seq keys"],
         counted: Bool[Tensor, "batch seq"] | None = None,
-        memory: KeysAndValues | None = None,
-        memory_mask: Bool[Tensor, "#batch 1 seq source"] | None = None,
+        memory: Memory | None = None,
+        source_mask: Bool[Tensor, "batch 1 1 source"] | None = None,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """`mask`, `bias`, `cache`: of the self-attention. `counted`: as in `SwitchFeedForward`."""
         x = self.layer[0](x, mask, bias, None, cache)
         if memory is not None:
-            x = self.layer[1](x, memory_mask, None, memory)  # no bias: positions of source and target do not compare
+            x = self.layer[1](x, source_mask, None, memory)  # no bias: positions of source and target do not compare
         y: Tensor = self.layer[-1](x, counted) if self.is_sparse else self.layer[-1](x)
         return y
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """What a decoder needs of its source: each block's keys and values of it, and which of its tokens are real."""
-
-    keys_and_values: Sequence[KeysAndValues]
-    real: Bool[Tensor, "batch source"]
-
-    def bytes(self) -> int:
-        held = [tensor for pair in self.keys_and_values for tensor in pair] + [self.real]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 class Stack(nn.Module):
@@ -170,10 +155,10 @@ class Stack(nn.Module):
         self.block = nn.ModuleList(blocks)
         self.final_layer_norm = RMSNorm(hidden_size=hidden_size, eps=eps)
 
-    def memory(self, states: Float[Tensor, "batch source hidden"], real: Bool[Tensor, "batch source"]) -> Memory:
-        """An encoder's states as the blocks of this decoder see them."""
+    def memory(self, states: Float[Tensor, "batch source hidden"]) -> list[Memory]:
+        """The keys and values of an encoder's states for each block of this decoder."""
         attentions: Any = [block.get_submodule("layer.1.EncDecAttention") for block in self.block]
-        return Memory(keys_and_values=[attention.keys_and_values(states) for attention in attentions], real=real)
+        return [attention.keys_values(states) for attention in attentions]
 
     def position_bias(
         self, real: Bool[Tensor, "batch keys"], num_queries: int
@@ -188,20 +173,21 @@ class Stack(nn.Module):
         self,
         input_ids: Int[Tensor, "batch seq"],
         real: Bool[Tensor, "batch keys"],
-        memory: Memory | None = None,
+        memory: Sequence[Memory] | None = None,
+        source_real: Bool[Tensor, "batch source"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """`real`: of the tokens in `cache`, then of `input_ids`. `memory`: a decoder's source."""
+        """`real`: of the tokens in `cache`, then of `input_ids`. `memory`, `source_real`: a decoder's source."""
         seq = input_ids.shape[1]
-        mask = masks.visible_keys(real, num_queries=seq) if self.is_decoder else masks.real_keys(real, num_queries=seq)
+        mask = masks.visible_keys(real, num_queries=seq) if self.is_decoder else all_real(real)
         bias = self.position_bias(real, seq)  # (B, H, T, K)
         counted = real[:, real.shape[1] - seq :] if self.ignore_padding else None
-        memory_mask = None if memory is None else masks.real_keys(memory.real, num_queries=seq)
+        source_mask = None if source_real is None else all_real(source_real)
 
         x: Tensor = self.embed_tokens(input_ids)
         for number, block in enumerate(self.block):
-            keys_and_values = None if memory is None else memory.keys_and_values[number]
+            of_source = None if memory is None else memory[number]
             layer_cache = None if cache is None else cache.layers[number]
-            x = block(x, mask, bias, counted, keys_and_values, memory_mask, layer_cache)
+            x = block(x, mask, bias, counted, of_source, source_mask, layer_cache)
         hidden: Tensor = self.final_layer_norm(x)
         return hidden

@@ -184,7 +184,7 @@ def test_padded_rows_are_as_if_alone(side, attention):
     source, target = torch.full_like(SOURCE, 16), torch.full_like(TARGET, 15)  # junk
     for row, (s, t) in enumerate(zip(SOURCE_LENGTHS, TARGET_LENGTHS, strict=True)):
         source[row, source_mask[row].bool()], target[row, target_mask[row].bool()] = SOURCE[row, :s], TARGET[row, :t]
-    logits = model(source, source_mask, target, target_mask)
+    logits = model(source, source_mask, decoder_input_ids=target, decoder_attention_mask=target_mask)
     assert logits.isfinite().all()
     for row, (s, t) in enumerate(zip(SOURCE_LENGTHS, TARGET_LENGTHS, strict=True)):
         alone = model(SOURCE[row : row + 1, :s], decoder_input_ids=TARGET[row : row + 1, :t])
@@ -198,7 +198,7 @@ def test_padding_takes_room_at_experts_unless_it_is_ignored(ignored):
     source = SOURCE.roll(4, dims=1)
     target_mask = mask_of([4, 4, 4], 7, "left")
     target = TARGET.roll(3, dims=1)
-    padded = model(source, mask, target, target_mask)[:, 3:]
+    padded = model(source, mask, decoder_input_ids=target, decoder_attention_mask=target_mask)[:, 3:]
     alone = model(SOURCE[:, :5], decoder_input_ids=TARGET[:, :4])
     assert ((padded - alone).abs().max() < 1e-12) == ignored
 
@@ -212,7 +212,7 @@ def test_pieces_give_what_the_whole_gives(plan, attention):
     for size in plan:
         pieces.append(session.feed(TARGET[:, start : start + size]))
         start += size
-    close(torch.cat(pieces, dim=1), model(SOURCE, mask, TARGET))
+    close(torch.cat(pieces, dim=1), model(SOURCE, mask, decoder_input_ids=TARGET))
 
 
 def test_targets_of_different_lengths_are_decoded_together():
@@ -243,10 +243,10 @@ def test_source_is_read_once_a_session():
 def test_state_holds_keys_and_values_of_source_and_target():
     session = switch().session(SOURCE)
     one_token = 2 * 4 * 3 * 8  # keys and values, heads, width, bytes of float64
-    source = 4 * 3 * 9 * one_token + 3 * 9  # blocks, rows, tokens; which are real
+    source = 4 * 3 * 9 * one_token  # blocks, rows, tokens
     assert session.state_bytes() == source
     session.feed(TARGET[:, :3])
-    assert session.state_bytes() == source + 4 * 3 * 3 * one_token + 3 * 3
+    assert session.state_bytes() == source + 4 * 3 * 3 * one_token + 3 * 3  # and which are real
 
 
 def test_a_target_token_sees_no_later_one_but_the_whole_source():
@@ -294,14 +294,9 @@ def test_bfloat16_routes_in_float32(attention):
     assert {tensor.dtype for tensor in logits} == {torch.float32}
 
 
-def test_missing_target_is_refused():
-    with pytest.raises(ValueError, match="decoder_input_ids are missing: give what the decoder reads"):
-        switch()(SOURCE)
-
-
 def test_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 9\) and input_ids \(3, 7\)"):
-        switch()(SOURCE, None, TARGET, torch.ones_like(SOURCE))
+        switch()(SOURCE, decoder_input_ids=TARGET, decoder_attention_mask=torch.ones_like(SOURCE))
 
 
 # --- losses of the routers
