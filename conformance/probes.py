@@ -49,7 +49,7 @@ VOCABULARY: dict[str, str] = {
     "layers.N.feed_forward.output": "what the layer returns: the down projection, or the weighted sum of the experts",
     "layers.N.feed_forward.residual": "post-norm only: residual stream after the feed-forward was added",
     "layers.N.output": "residual stream after the block",
-    "final_norm": "normalised output of the last block, the input of the head",
+    "final_norm": "normalised output of the last block: the input of the head, or what a decoder attends to",
     "logits": "scores over the vocabulary, before any softmax",
 }
 

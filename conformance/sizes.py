@@ -137,6 +137,22 @@ _PHI_1 = "Gunasekar et al. 2023, arXiv:2306.11644, section 2.3; vocabulary from 
 _PHI_15 = "Li et al. 2023, arXiv:2309.05463, section 2.1; vocabulary from the config.json of microsoft/phi-1_5"
 _PHI_2 = "Microsoft Research, 12 December 2023, blog and the config.json of microsoft/phi-2"
 
+# Every second layer is sparse.  The released weights have feed-forward layers of two matrices, 4 · d_model wide.
+_SWITCH_BASE = {
+    "model_type": "switch_transformers",
+    "vocab_size": 32128,
+    "d_model": 768,
+    "d_kv": 64,
+    "d_ff": 3072,
+    "num_heads": 12,
+    "num_layers": 12,
+    "num_decoder_layers": 12,
+    "num_sparse_encoder_layers": 6,
+    "num_sparse_decoder_layers": 6,
+    "num_experts": 128,
+}
+_SWITCH = "sizes: config.json of google/switch-base-128; figure: Fedus et al. 2021, arXiv:2101.03961, table 9"
+
 PUBLISHED: tuple[Published, ...] = (
     Published(name="GPT", family="gpt", config=_gpt("openai-gpt", 40478, 512, 768, 12, 12),
               parameters=116_534_784, printed="117M", source=_GPT),
@@ -175,4 +191,6 @@ PUBLISHED: tuple[Published, ...] = (
               parameters=1_418_270_720, printed="1.3B", omitted=_ONE_TABLE, source=_PHI_15),
     Published(name="Phi-2", family="phi", config=_phi(2560, 32, 0.4),
               parameters=2_779_683_840, printed="2.7B", source=_PHI_2),
+    Published(name="Switch-Base", family="switch_transformer", config=_SWITCH_BASE,
+              parameters=7_415_217_408, printed="7B", source=_SWITCH),
 )  # fmt: skip

@@ -4,11 +4,13 @@ Oracle: `SwitchTransformersForConditionalGeneration` of Hugging Face transformer
 library differs from the paper, the paper decides (`conformance.oracles.switch`).
 
 Capacity.  An expert takes `expert_capacity` tokens of a row, the first ones that choose it; a later one passes by on
-the residual connection only.  The paper says so (section 2.2 and figure 3), and 5.23.0 does so.  Releases 5.0 to 5.17
-of the library never dropped a token (huggingface/transformers#48293, fixed by #48421).  Padding takes room like any
-token, and the tokens of a call know nothing of those of the call before: where room is scarce, neither a padded row nor
-a text that is fed in pieces need equal the row alone.  So padding and decoding are claimed where there is room for all,
-and padding where `router_ignore_padding_tokens` is set.
+the residual connection only.  The paper says so (section 2.2 and figure 3), and so do 4.57.6 and 5.18.0 to 5.23.0 of
+the library.  5.0.0 to 5.17.0 drop no token (huggingface/transformers#48293, fixed by #48421), and 5.0.0 and 5.10.2 keep
+the position bias from all blocks but the first: `plain` and `capacity` tell these apart.
+
+Padding takes room like any token, and the tokens of a call know nothing of those of the call before: where room is
+scarce, neither a padded row nor a text that is fed in pieces need equal the row alone.  So padding and decoding are
+claimed where there is room for all, and padding where `router_ignore_padding_tokens` is set.
 
 Rounding may send a token to another expert: working dtypes are claimed only where `golden make` finds the routing
 margins to suffice.
@@ -292,11 +294,11 @@ def probes(config: Config) -> list[ProbeSpec]:
             layer = f"{stack}.layers.{block}."
             x = attention(f"{layer}attention.", x, seq, key)
             if stack == "decoder":
-                x = attention(f"{layer}cross_attention.", x, seq, "source_key", memory="encoder.output")
+                x = attention(f"{layer}cross_attention.", x, seq, "source_key", memory="encoder.final_norm")
             added = feed_forward(f"{layer}feed_forward.", x, seq, sparse)
             x = add(f"{layer}output", ("batch", seq, "hidden"), added, x)
         add(f"{stack}.output", ("batch", seq, "hidden"), x)
-    add("logits", ("batch", "seq", "vocab"), "decoder.output")
+    add("logits", ("batch", "seq", "vocab"), "decoder.final_norm")
     return specs
 
 
@@ -350,7 +352,7 @@ def module_probes(config: Config) -> dict[str, tuple[str, str]]:
     found = {"logits": ("lm_head", "output")}
     for stack in ("encoder", "decoder"):
         found[f"{stack}.embedding"] = (f"{stack}.block.0", "input")
-        found[f"{stack}.output"] = (f"{stack}.final_layer_norm", "output")
+        found[f"{stack}.final_norm"] = (f"{stack}.final_layer_norm", "output")
         for block, _ in enumerate(_blocks(config, stack)):
             found[f"{stack}.layers.{block}.output"] = (f"{stack}.block.{block}", "output")
     for probe, path, module, sparse in _sublayers(config):
