@@ -297,7 +297,7 @@ def probes(config: Config) -> list[ProbeSpec]:
                 x = attention(f"{layer}cross_attention.", x, seq, "source_key", memory="encoder.final_norm")
             added = feed_forward(f"{layer}feed_forward.", x, seq, sparse)
             x = add(f"{layer}output", ("batch", seq, "hidden"), added, x)
-        add(f"{stack}.output", ("batch", seq, "hidden"), x)
+        add(f"{stack}.final_norm", ("batch", seq, "hidden"), x)
     add("logits", ("batch", "seq", "vocab"), "decoder.final_norm")
     return specs
 
