@@ -64,10 +64,12 @@ class Model:
     ) -> dict[str, Tensor]:
         from reference_impl.nn.loss import next_token_loss
 
-        logits, router_losses = with_router_losses(self.model, input_ids, attention_mask, position_ids)
-        if labels is None:
-            return {"logits": logits}
-        return {"logits": logits, "loss": next_token_loss(logits, labels), **router_losses}
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return (
+            {"logits": self.model(**arguments)}
+            if labels is None
+            else with_losses(self.model, arguments, labels, next_token_loss)
+        )
 
 
 class EncoderDecoderModel:
@@ -87,24 +89,27 @@ class EncoderDecoderModel:
     ) -> dict[str, Tensor]:
         from reference_impl.nn.loss import token_loss
 
-        logits, router_losses = with_router_losses(
-            self.model, input_ids, attention_mask, decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-        )  # fmt: skip
-        if labels is None:
-            return {"logits": logits}
-        return {"logits": logits, "loss": token_loss(logits, labels), **router_losses}
+        arguments = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+        }  # fmt: skip
+        return (
+            {"logits": self.model(**arguments)}
+            if labels is None
+            else with_losses(self.model, arguments, labels, token_loss)
+        )
 
 
-def with_router_losses(
-    model: Any, *arguments: Tensor | None, **named: Tensor | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """A model's logits, and what its routers, if it has any, add to the loss, before the coefficients, by name."""
+def with_losses(
+    model: Any, arguments: dict[str, Tensor | None], labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Logits, their loss, and what the routers, if there are any, add to it, before the coefficients, by name."""
     from reference_impl.nn.moe import recorded_router_logits
 
     with recorded_router_logits(model) as router_logits:
-        logits = model(*arguments, **named)
-    return logits, model.router_losses(router_logits) if router_logits else {}
+        logits = model(**arguments)
+    router_losses = model.router_losses(router_logits) if router_logits else {}
+    return {"logits": logits, "loss": loss(logits, labels), **router_losses}
 
 
 def build(config: "Config", weights: dict[str, Tensor]) -> torch.nn.Module:

@@ -21,6 +21,11 @@ class Mixtral(HuggingFace):
             for probe, (path, side) in super().module_probes().items()
         }
 
+    def auxiliary_losses(self, input_ids: Tensor, labels: Tensor, **optional: Tensor) -> dict[str, Tensor]:
+        """Mixtral's paper states none: that of the library, over the tokens of all layers together."""
+        with torch.no_grad(), self._mode():
+            return {"aux_loss": self._call(input_ids, output_router_logits=True, **optional).aux_loss}
+
     def gradients(self) -> dict[str, Tensor]:
         """Cut up as the library itself would cut the parameters up to save them."""
         from transformers.core_model_loading import revert_weight_conversion
