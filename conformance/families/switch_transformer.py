@@ -378,19 +378,20 @@ Encoder, with x (source, d_model) the residual stream, which starts as Wshared[i
 
     n      = x / sqrt(mean(x²) + layer_norm_epsilon) · w                RMSNorm, no mean subtracted, no shift
     q,k,v  = n Wqᵀ, n Wkᵀ, n Wvᵀ                                        num_heads heads of d_kv
-    A      = softmax(q kᵀ + b[bucket(j − i)] + mask)                    not divided by sqrt(d_kv); b: a number a head
+    A      = softmax(q kᵀ + t[bucket(j − i)] + mask)                    not divided by sqrt(d_kv); t: a number a head
     x      = x + (A v) Woᵀ
     n      = RMSNorm(x)
     x      = x + relu(n Wiᵀ) Woᵀ                                        in a dense block
     x      = x + p_e(n) · relu(n Wi_eᵀ) Wo_eᵀ,  e = argmax p(n)         in a sparse one; p = softmax(n Wrᵀ) in float32
 
-then encoder = RMSNorm(x).  The decoder's blocks have causal self-attention, attention over `encoder` (no b, no causal
+then encoder = RMSNorm(x).  The decoder's blocks have causal self-attention, attention over `encoder` (no t, no causal
 mask; keys and values are projections of `encoder`) and the feed-forward layer, and logits =
-RMSNorm(x) / sqrt(d_model) · Wsharedᵀ; an untied head is not divided.
+RMSNorm(x) / sqrt(d_model) · Wsharedᵀ; the input of an untied head is not divided.
 
-The table b stands in the first block of a stack and serves all of its blocks.  Of B buckets an encoder gives B/2 to
-j ≤ i and B/2 to j > i, a decoder all to j ≤ i.  Of the b of one direction, distances below e = ⌊b/2⌋ have one each, a
-farther n gets min(b − 1, e + ⌊log(n/e) / log(max_distance/e) · (b − e)⌋).  Positions count real tokens.
+The table t stands in the first block of a stack and serves all of its blocks.  Half of an encoder's buckets are for
+j ≤ i, half for j > i; all of a decoder's are for j ≤ i.  Of the b buckets of one direction, distances below e = ⌊b/2⌋
+have one each; a farther n gets min(b − 1, e + ⌊log(n/e) / log(max_distance/e) · (b − e)⌋).  Positions count real
+tokens.
 
 Block i of a stack is sparse if i mod step = 1 (all are, if step = 1; none, if step = 0); step is encoder_sparse_step or
 decoder_sparse_step, in their absence ⌊blocks / number of sparse blocks⌋.

@@ -37,7 +37,7 @@ def within_capacity(
 ) -> Int[Tensor, "batch seq experts"]:
     """1 where a token is sent: to the expert it chose, if fewer than C tokens before it in its row chose the same.
 
-    Fedus et al. 2021, section 2.1 and figure 3; rows do not share room. With C = 2, a row that chooses experts
+    Fedus et al. 2021, section 2.2 and figure 3; rows do not share room. With C = 2, a row that chooses experts
 
         0 0 1 0   is sent to   0 0 1 –
 
@@ -123,7 +123,7 @@ class SwitchFeedForward(nn.Module):
     residual connection around the layer carries it on. The weight p_i is not divided by anything, also for k = 1.
 
     The router, and with it the choice, is in float32, or float64 for float64 input ("selective precision", section
-    2.4); experts are in the dtype of `x`. Jitter (section 2.4) is not implemented.
+    2.4); experts are in the dtype of `x`. Input jitter (appendix C), for training, is not implemented.
 
     Children without weights show to forward hooks what no module returns: `routing_weights` (B, T), p_i also where
     there is no room, and `expert_outputs` (B, T, hidden), not yet weighted, 0 where there is no room.

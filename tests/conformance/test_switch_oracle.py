@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from conformance.families import Recipe, get
+from conformance.golden import GoldenError, routing
 from conformance.golden.model import draw_inputs, draw_weights
 from conformance.implementation import Checkpoint, Unsupported
 from conformance.oracles.equations.switch import balancing_loss, z_loss
@@ -117,6 +118,20 @@ def test_expert_that_no_token_was_sent_to_has_a_gradient_of_0() -> None:
     assert {name: tuple(g.shape) for name, g in gradients.items()} == shapes
     unused = [n for n, g in gradients.items() if ".experts." in n and n.endswith("wi.weight") and not g.any()]
     assert 4 <= len(unused) <= 6  # of 8, two tokens at most use two in either stack
+
+
+def test_margins_are_guarded_in_encoder_and_decoder() -> None:
+    """The first and the second choice of every token; what bfloat16 rounds off is more than their difference."""
+    arguments, weights = calls(CAPACITY), draw_weights(FAMILY, CAPACITY)
+    truth = oracle("capacity").probes(**arguments)
+    found = routing.require_margins("capacity", FAMILY, CAPACITY.config, weights, arguments, truth, ["float32"])
+    assert list(found["margin"]) == ROUTERS
+    for router in ROUTERS:
+        first, second = truth[router].topk(2).values.unbind(-1)
+        assert found["margin"][router] == (first - second).min().item() > 0
+        assert 0 < found["error"]["float32"][router] < 1e-5
+    with pytest.raises(GoldenError, match=r"encoder.layers.1.feed_forward.router_logits.* in bfloat16: rounding may"):
+        routing.require_margins("capacity", FAMILY, CAPACITY.config, weights, arguments, truth, ["bfloat16"])
 
 
 # --- losses of the routers ------------------------------------------------------------------------------------------

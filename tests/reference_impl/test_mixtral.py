@@ -7,6 +7,7 @@ import torch
 
 from reference_impl.models.mixtral import Mixtral, MixtralConfig
 from reference_impl.nn.kv_cache import KVCache
+from reference_impl.nn.moe import recorded_router_logits
 from reference_impl.nn.rotary import LinearScaling
 
 CONFIG = MixtralConfig(
@@ -394,3 +395,19 @@ def test_a_config_is_written_as_it_is_read():
 def test_a_config_that_cannot_be_right_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         MixtralConfig.from_dict(changes)
+
+
+def test_router_losses_are_those_of_all_layers_together():
+    model = mixtral()
+    with recorded_router_logits(model) as recorded:
+        model(IDS)
+    tokens = [token for layer in recorded for row in layer.tolist() for token in row]
+    share, probability = [0.0] * 5, [0.0] * 5
+    for token in tokens:
+        for expert in sorted(range(5), key=lambda e: -token[e])[:2]:
+            share[expert] += 1 / len(tokens)
+        total = sum(map(math.exp, token))
+        probability = [p + math.exp(v) / total / len(tokens) for p, v in zip(probability, token, strict=True)]
+    expected = 5 * sum(f * p for f, p in zip(share, probability, strict=True))
+    assert len(tokens) == 2 * 3 * SEQ
+    assert model.router_losses(recorded)["aux_loss"].item() == pytest.approx(expected, rel=1e-12)
