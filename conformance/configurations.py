@@ -183,7 +183,25 @@ def transformer(draw: "DrawFn") -> Config:
     }  # fmt: skip
 
 
+def recurrent_sizes(draw: "DrawFn") -> Config:
+    """What RNNsearch and GNMT have in common."""
+    return {
+        "vocab_size": vocabulary(draw), "decoder_vocab_size": vocabulary(draw),
+        "hidden_size": draw(between(1, 8)), "attention_size": draw(between(1, 8)),
+    }  # fmt: skip
+
+
+def rnn_search(draw: "DrawFn") -> Config:
+    sizes = {"embedding_size": draw(between(1, 8)), "maxout_size": draw(between(1, 6))}
+    return plain("rnn_search") | recurrent_sizes(draw) | sizes | {"reset_after": draw(FLAG)}
+
+
+def gnmt(draw: "DrawFn") -> Config:
+    layers = {"encoder_layers": draw(between(2, 5)), "decoder_layers": draw(between(2, 5))}
+    return plain("gnmt") | recurrent_sizes(draw) | layers | {"embedding_size": draw(between(1, 8))}
+
+
 DRAWN: dict[str, Callable[["DrawFn"], Config]] = {
-    "transformer": transformer, "gpt": gpt, "gpt2": gpt2, "gpt3": gpt3, "llama": llama, "mistral": mistral,
-    "mixtral": mixtral, "phi": phi,
+    "rnn_search": rnn_search, "gnmt": gnmt, "transformer": transformer, "gpt": gpt, "gpt2": gpt2, "gpt3": gpt3,
+    "llama": llama, "mistral": mistral, "mixtral": mixtral, "phi": phi,
 }  # fmt: skip
