@@ -33,7 +33,19 @@ COMPONENTS = (
     "sparse_moe",
     "switch_ffn",
 )
-MODELS = ("transformer", "gpt", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi", "switch_transformer")
+MODELS = (
+    "rnn_search",
+    "gnmt",
+    "transformer",
+    "gpt",
+    "gpt2",
+    "gpt3",
+    "switch_transformer",
+    "llama",
+    "mistral",
+    "mixtral",
+    "phi",
+)
 FAMILIES = (*COMPONENTS, *MODELS)
 
 Config = dict[str, Any]

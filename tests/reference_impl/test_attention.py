@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from reference_impl.nn import attention, masks, rotary
-from reference_impl.nn.attention import GroupedQueryAttention
+from reference_impl.nn.attention import AttentionKernel, GroupedQueryAttention
 
 BATCH, SEQ, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 3, 5, 10, 6, 2, 4
 
