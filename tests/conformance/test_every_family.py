@@ -467,7 +467,10 @@ FOLLOWING = {"encoder_sparse_step", "decoder_sparse_step"}
 
 @every_field_recipe
 def test_field_case_moves_its_field_alone(recipe: Recipe) -> None:
-    """From what ignoring it gives; if nothing can ignore it, from plain or another case.  `field-absent` moves nothing."""
+    """From what ignoring it gives; if nothing can ignore it, from plain or another case.
+
+    `field-absent` moves nothing.
+    """
     if recipe.name.endswith("/field-absent"):
         assert recipe.config.items() <= plain_of(recipe).config.items()
         return
