@@ -15,13 +15,13 @@ SOURCE = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8], [0, 5
 TARGET = torch.tensor([[1, 4, 1, 5, 9], [1, 8, 2, 8, 1], [1, 7, 7, 2, 0]])
 
 
-def rnn_search(config=CONFIG, dtype=torch.float64):
+def rnn_search(config=CONFIG):
     """A model of which no weight or bias can be left out unnoticed."""
     model, generator = RNNSearch(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(generator=generator).mul_(0.7)
-    return model.to(dtype)
+    return model.double()
 
 
 def token_by_token(model):
