@@ -34,8 +34,8 @@ LEFT = (torch.arange(SEQ) >= torch.tensor([[4], [0], [12]])).long()
 RIGHT = LEFT.flip(1)
 SOURCE = torch.tensor([[7, 3, 10, 4, 4, 1, 8], [6, 2, 9, 11, 0, 5, 3], [12, 1, 1, 9, 7, 2, 6]])
 SOURCE_LEFT = (torch.arange(7) >= torch.tensor([[0], [6], [3]])).long()
-# At once, one by one, growing, shrinking, with an empty piece.  Windows have 5 or 6 keys; pieces are shorter, longer and
-# as long.
+# At once, one by one, growing, shrinking, with an empty piece.  Windows have 5 or 6 keys; pieces are shorter, longer
+# and as long.
 PLANS = [(13,), (1,) * 13, (4, 1, 7, 1), (1, 2, 10), (12, 1), (5, 5, 3), (2, 9, 2), (4, 0, 9)]
 
 
