@@ -54,7 +54,9 @@ class TransformerXL(HuggingFace):
         info["missing_keys"] = set(info["missing_keys"]) - (known if self._shares_biases else _only_derived(known))
         if faults := {what: sorted(found) for what, found in info.items() if found}:
             raise ValueError(f"{architecture.__name__} does not want exactly these weights: {faults}")
-        return model.eval()
+        # It makes projections and biases with torch.FloatTensor, which no dtype that is asked for reaches.
+        with self._mode():
+            return model.to(self.dtype).eval()
 
     @property
     def _shares_biases(self) -> bool:
@@ -83,8 +85,10 @@ class TransformerXL(HuggingFace):
                 pieces.append(output.logits)
             return torch.cat(pieces, dim=1)
 
-    def loss_and_gradients(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_and_gradients(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The library's own next-token loss over all rows, and its gradient for every parameter by hub name."""
+        if not labels.equal(input_ids):
+            raise ValueError("the labels of a decoder are its ids")
         return self.last_loss_and_gradients(input_ids, [input_ids.shape[1]])
 
     def last_loss_and_gradients(self, input_ids: Tensor, lengths: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -121,7 +125,7 @@ class TransformerXL(HuggingFace):
             found[f"{prefix}content_scores"] *= scale
             # What lies after the query is no score.
             found[f"{prefix}position_scores"] = shifted[layer][0].permute(2, 3, 0, 1).tril() * scale
-        return canonical(self.family, self.config, found, *input_ids.shape)
+        return canonical(self.family, self.config, found, {"input_ids": input_ids})
 
 
 def _only_derived(names: set[str]) -> set[str]:
