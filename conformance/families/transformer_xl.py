@@ -23,8 +23,8 @@ def _config(**changes: Any) -> Config:
     return {
         "architectures": ["TransfoXLLMHeadModel"],
         "model_type": "transfo-xl",
-        "vocab_size": 43,
-        "cutoffs": [13, 29],
+        "vocab_size": 37,
+        "cutoffs": [12, 26],
         "d_model": 20,
         "d_embed": 32,
         "div_val": 4,
@@ -87,9 +87,9 @@ _STORED: Claims = {
     "golden.blocks": ("float64", "float32"),
     "golden.gradients": ("float64",),
 }
-_BATCH, _SEQ = 3, 12
+_BATCH, _SEQ = 3, 11
 # More than half of the memory and less than all of it, so that a memory spans two segments and cuts the older.
-_MEMORY, _PIECES = 6, (4, 4, 4)
+_MEMORY, _PIECES = 5, (4, 4, 3)
 
 
 def _field(
@@ -127,14 +127,14 @@ def _recipes() -> tuple[Recipe, ...]:
             name="transformer_xl/distinct",
             summary="everything at once: all sizes different, a short memory, clamped distances, shared biases",
             config=_config(
-                d_model=18, d_embed=36, n_head=6, d_head=5, d_inner=28, cutoffs=[11, 20, 35], div_val=3,
-                mem_len=7, clamp_len=8, same_length=False, untie_r=False, tie_projs=[True, False, True, False],
+                d_model=14, d_embed=36, n_head=4, d_head=6, d_inner=22, cutoffs=[11, 20, 28], div_val=3,
+                mem_len=5, clamp_len=7, same_length=False, untie_r=False, tie_projs=[True, False, True, False],
                 tie_word_embeddings=False, layer_norm_epsilon=1e-3, vocab_size=41,
             ),
             weights="transformer_xl/distinct",
             batch=3,
-            seq=13,
-            segments=(5, 4, 4),
+            seq=11,
+            segments=(4, 4, 3),
             claims=_SEGMENTS | _STORED | {
                 "golden.logits": (*WORKING, "float16"),
                 "memory.segments": (*WORKING, "float16"),
@@ -182,20 +182,16 @@ def _recipes() -> tuple[Recipe, ...]:
             weights="transformer_xl/plain",
             batch=_BATCH,
             seq=_SEQ,
-            segments=(2, 1, 5, 4),
+            segments=(2, 1, 5, 3),
             claims=_SEGMENTS,
         ),
         _field(
-            "same_length", {"same_length": False}, plain={"mem_len": 5}, pieces=(4, 3, 5),
-            also={"every query shown mem_len + 1 keys": _config(mem_len=6)},
+            "same_length", {"same_length": False}, plain={"mem_len": 4}, pieces=(3, 3, 5),
+            also={"every query shown mem_len + 1 keys": _config(mem_len=5)},
         ),
         dataclasses.replace(
             _field(
-                "same_length-window", {"mem_len": 5},
-                also={
-                    "every query shown all keys before it": _config(mem_len=5, same_length=False),
-                    "every query shown mem_len + 1 keys": _config(mem_len=6),
-                },
+                "same_length-window", {"mem_len": 4}, also={"every query shown mem_len + 1 keys": _config(mem_len=5)}
             ),
             summary="plain with a memory so short that same_length hides keys, in one call and in many",
         ),
@@ -215,9 +211,9 @@ def _recipes() -> tuple[Recipe, ...]:
         _field("tie_word_embeddings", {"tie_word_embeddings": False}),
         _field("proj_share_all_but_first", {"proj_share_all_but_first": False}),
         _field("tie_projs", {"tie_projs": [True, False, True]}),
-        _field("cutoffs", {"cutoffs": [5, 21]}),
+        _field("cutoffs", {"cutoffs": [6, 21]}),
         _field(
-            "cutoffs-one-table", {"cutoffs": [13, 29]}, plain={"div_val": 1, "cutoffs": []},
+            "cutoffs-one-table", {"cutoffs": [12, 26]}, plain={"div_val": 1, "cutoffs": []},
         ),
         _field("cutoffs-none", {"cutoffs": []}),
         _field("div_val", {"div_val": 2}),

@@ -103,6 +103,11 @@ class TransformerXL(HuggingFace):
             loss.backward()
         return loss.detach(), self.gradients()
 
+    def gradients(self) -> dict[str, Tensor]:
+        """What the last backward left.  The library's loss leaves out clusters that no label is in: they get zero."""
+        named = self.model.named_parameters()
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in named}
+
     def probes(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Every probe of the family, in canonical axes and computational order."""
         where = {probe: place for probe, place in self.module_probes().items() if probe not in ("logits", "head_scores")}
