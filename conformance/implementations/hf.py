@@ -11,7 +11,7 @@ from conformance.implementation import Unsupported
 from conformance.oracles import oracle_missing
 
 # Families whose model transformers has or had, and those of them that it has no SDPA kernel for.
-HUB_FAMILIES = frozenset({"gpt", "gpt2", "llama", "mistral", "mixtral", "phi", "transformer_xl"})
+HUB_FAMILIES = frozenset({"gpt", "gpt2", "llama", "mistral", "mixtral", "phi", "transformer", "transformer_xl"})
 EAGER_ONLY = frozenset({"gpt", "transformer_xl"})
 # Encoder–decoder models whose positions count pads, and that take no positions of ours.
 COUNTS_PADS = frozenset({"marian"})
@@ -40,7 +40,7 @@ class HuggingFaceModels:
 
         return f"transformers {version('transformers')}, {self.attention}"
 
-    def load(self, checkpoint: Any) -> "Model":
+    def load(self, checkpoint: Any) -> "Model | EncoderDecoderModel | TransformerXLModel":
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
         from transformers.utils import logging
 
@@ -51,12 +51,14 @@ class HuggingFaceModels:
             model = AutoModelForCausalLM.from_pretrained(checkpoint.path, torch_dtype=checkpoint.dtype)
             # Some of its parameters are float32 whatever is asked for.
             return TransformerXLModel(model.to(device=checkpoint.device, dtype=checkpoint.dtype).eval())
+        if model_type == "transformer":
+            raise Unsupported("MarianMTModel has all sines before all cosines, not the paper's alternating order")
         loader = AutoModelForSeq2SeqLM if checkpoint.config.get("is_encoder_decoder") else AutoModelForCausalLM
         model = loader.from_pretrained(
             checkpoint.path, dtype=checkpoint.dtype, attn_implementation=self.attention, **SETTINGS.get(model_type, {})
         )
         model = model.to(checkpoint.device).eval()
-        if model.config.is_encoder_decoder:
+        if loader is AutoModelForSeq2SeqLM:
             return EncoderDecoderModel(model, counts_pads=model_type in COUNTS_PADS)
         # GPT would take a cache and ignore it
         has_cache = "past_key_values" in inspect.signature(model.forward).parameters
