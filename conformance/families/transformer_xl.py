@@ -130,8 +130,8 @@ def _recipes() -> tuple[Recipe, ...]:
             name="transformer_xl/distinct",
             summary="everything at once: all sizes different, a short memory, clamped distances, shared biases",
             config=_config(
-                d_model=14, d_embed=36, n_head=4, d_head=6, d_inner=22, cutoffs=[11, 20, 28], div_val=3,
-                mem_len=5, clamp_len=7, same_length=False, untie_r=False, tie_projs=[True, False, True, False],
+                d_model=14, d_embed=36, n_head=4, d_head=7, d_inner=22, cutoffs=[10, 20, 28], div_val=3,
+                mem_len=5, clamp_len=6, same_length=False, untie_r=False, tie_projs=[True, False, True, False],
                 tie_word_embeddings=False, layer_norm_epsilon=1e-3, vocab_size=41,
             ),
             weights="transformer_xl/distinct",
