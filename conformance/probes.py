@@ -35,8 +35,8 @@ VOCABULARY: dict[str, str] = {
     "layers.N.attention.distance_key": "relative positions: projection of the encodings of the distances 0, 1, …",
     "layers.N.attention.content_scores": "relative positions: scaled scores of what keys are, (q + u) · k, before any "
     "mask",
-    "layers.N.attention.position_scores": "relative positions: scaled scores of where keys are, (q + v) · distance key, "
-    "by key, 0 after the query",
+    "layers.N.attention.position_scores": "relative positions: scaled scores of where keys are, (q + v) · distance "
+    "key, by key, 0 after the query",
     "layers.N.attention.scores": "scaled scores, before any mask",
     "layers.N.attention.weights": "attention weights: softmax of the masked scores over the keys",
     "layers.N.attention.context": "weighted sum of the values, before the output projection",
@@ -56,7 +56,7 @@ VOCABULARY: dict[str, str] = {
     "layers.N.feed_forward.residual": "post-norm only: residual stream after the feed-forward was added",
     "layers.N.output": "residual stream after the block",
     "final_norm": "normalised output of the last block, the input of the head",
-    "head_scores": "adaptive softmax: scores of the most frequent tokens and, after them, of the clusters of the others",
+    "head_scores": "adaptive softmax: scores of the first cluster's tokens and, after them, of the other clusters",
     "logits": "scores over the vocabulary, before any softmax; of an adaptive softmax, log-probabilities",
 }
 

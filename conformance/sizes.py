@@ -162,8 +162,8 @@ _XL_LARGE = _XL_STANDARD | {
     "d_inner": 4096,
     "untie_r": True,
 }
-# The published weights of the large model, transfo-xl-wt103 on the hub, are 285 million numbers.  Table 1 prints 257M and
-# says not of what; with 16 of the 18 layers the model would have 257,919,818.
+# The published weights of the large model, transfo-xl-wt103 on the hub, are 285 million numbers.  Table 1 prints 257M
+# and says not of what; with 16 of the 18 layers the model would have 257,919,818.
 _XL = "figure: Dai et al. 2019, arXiv:1901.02860, table 1; sizes: "
 
 PUBLISHED: tuple[Published, ...] = (

@@ -32,8 +32,8 @@ FAMILIES = {
     "transformer": ("reference_impl.models.transformer", "TransformerConfig", "Transformer"),
 }
 
-# Tensors that files hold although they follow from config.json: frequencies of rotary and of Transformer-XL's positions,
-# GPT's and GPT-2's causal masks.
+# Tensors that files hold although they follow from config.json: frequencies of rotary and of Transformer-XL's
+# positions, GPT's and GPT-2's causal masks.
 DERIVED_TENSORS = (".rotary_emb.inv_freq", ".pos_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 READABLE_DTYPES = ("F64", "F32", "F16", "BF16")

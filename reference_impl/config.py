@@ -51,7 +51,7 @@ def typed(field: Field[Any], value: Any) -> Any:
 
 
 def require_positive(config: Any, *, but: tuple[str, ...] = ()) -> None:
-    """Raises ValueError if a number among the fields is not greater than 0; the fields named in `but` may be anything."""
+    """Raises ValueError if a number among the fields, but for those named in `but`, is not greater than 0."""
     for name, value in asdict(config).items():
         if name not in but and isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
             raise ValueError(f"{name}={value} must be greater than 0")

@@ -6,6 +6,7 @@ batch is so many texts side by side.
 """
 
 import dataclasses
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from conformance.families import Config, ConfigField, Family, Recipe, gpt_blocks
@@ -104,9 +105,7 @@ def _field(
     recipe = field_case(
         "transformer_xl", field, label, _config(**before | changes), _config(**before), tensor_shapes, also=also
     )
-    return dataclasses.replace(
-        recipe, batch=_BATCH, seq=_SEQ, segments=pieces, claims=_SEGMENTS if pieces else _WHOLE
-    )
+    return dataclasses.replace(recipe, batch=_BATCH, seq=_SEQ, segments=pieces, claims=_SEGMENTS if pieces else _WHOLE)
 
 
 def _recipes() -> tuple[Recipe, ...]:
@@ -249,7 +248,7 @@ def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     d_model, d_embed, div_val = config["d_model"], config["d_embed"], config.get("div_val", 4)
     bounds = [0, *config["cutoffs"], config["vocab_size"]]
     widths = [d_embed // div_val**cluster for cluster in range(len(bounds) - 1)]
-    tables = list(zip([high - low for low, high in zip(bounds, bounds[1:], strict=False)], widths, strict=True))
+    tables = list(zip([high - low for low, high in pairwise(bounds)], widths, strict=True))
     if div_val == 1:
         tables = [(config["vocab_size"], d_embed)]
     projected = div_val != 1 or d_embed != d_model

@@ -316,9 +316,7 @@ def measure_noise(
             errors.append(bounds.measure(call(**arguments)[:, rows], truth[:, rows]))
             batch = len(arguments["input_ids"])
             if kernel == "eager" and batch > 1:
-                alone = torch.cat(
-                    [call(**{n: t[r : r + 1] for n, t in arguments.items()}) for r in range(batch)]
-                )
+                alone = torch.cat([call(**{n: t[r : r + 1] for n, t in arguments.items()}) for r in range(batch)])
                 errors.append(bounds.measure(alone[:, rows], truth[:, rows]))
         if not all(math.isfinite(error.max) and math.isfinite(error.rms) for error in errors):
             raise GoldenError(f"the oracle's error in {name} is not finite; draw smaller weights")

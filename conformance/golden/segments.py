@@ -32,7 +32,8 @@ def derive(derivation: "Derivation") -> None:
         raise GoldenError(f"{recipe.name}: segments of {recipe.segments} tokens do not make up seq={recipe.seq}")
     lengths = list(recipe.segments)
     derivation.inputs["segments"] = torch.tensor(lengths)
-    truth = derivation.oracle.segments(derivation.ids, lengths)
+    oracle: Any = derivation.oracle
+    truth = oracle.segments(derivation.ids, lengths)
     ours = reference.segments(derivation.config, derivation.weights, derivation.ids, lengths)
     derivation.agree("segments", LOGITS, ours, truth)
     derivation.expected[LOGITS] = truth
@@ -45,7 +46,8 @@ def _gradients(derivation: "Derivation", lengths: list[int]) -> None:
     """The last segment's loss and gradients, the segments before it being memory."""
     arguments = (derivation.config, derivation.weights, derivation.ids, lengths)
     our_loss, ours = reference.last_loss_and_gradients(*arguments)
-    loss, gradients = derivation.oracle.last_loss_and_gradients(derivation.ids, lengths)
+    oracle: Any = derivation.oracle
+    loss, gradients = oracle.last_loss_and_gradients(derivation.ids, lengths)
     derivation.agree("segment loss", "the last segment's loss", our_loss, loss)
     derivation.agree_gradients("segment gradients", ours, gradients)
     derivation.expected |= {f"segments.gradient.{name}": gradient for name, gradient in gradients.items()}

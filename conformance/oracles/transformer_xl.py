@@ -3,8 +3,9 @@
 Later releases do not run it (4.38 to 4.57) or do not have it (5.x). It is older than the library's attention interface
 and computes time-major, (seq, batch, …); here everything is (batch, seq, …) as elsewhere.
 
-Left to itself the library gives a first segment a memory of mem_len zero vectors, and attends to them. The paper's first
-segment has nothing before it, and the authors' PyTorch code begins with an empty memory: that is what it is given here.
+Left to itself the library gives a first segment a memory of mem_len zero vectors, and attends to them, as the authors'
+TensorFlow code does (huggingface/transformers#200). The paper's first segment has nothing before it, and the authors'
+PyTorch code begins with an empty memory: that is what it is given here.
 """
 
 import contextlib
@@ -49,20 +50,19 @@ class TransformerXL(HuggingFace):
         with self._mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deprecation
             model, info = architecture.from_pretrained(directory, torch_dtype=self.dtype, output_loading_info=True)
-        # Derived from the configuration, and where layers share r_w_bias and r_r_bias, other names of these.
-        known = {name for name in info["missing_keys"] if name.endswith((".inv_freq", ".r_w_bias", ".r_r_bias"))}
-        info["missing_keys"] = set(info["missing_keys"]) - (known if self._shares_biases else _only_derived(known))
+        info["missing_keys"] = [name for name in info["missing_keys"] if not self._stands_elsewhere(name)]
         if faults := {what: sorted(found) for what, found in info.items() if found}:
             raise ValueError(f"{architecture.__name__} does not want exactly these weights: {faults}")
         # It makes projections and biases with torch.FloatTensor, which no dtype that is asked for reaches.
         with self._mode():
             return model.to(self.dtype).eval()
 
-    @property
-    def _shares_biases(self) -> bool:
-        return not self.config.get("untie_r", True)
+    def _stands_elsewhere(self, name: str) -> bool:
+        """Whether a tensor follows from config.json, or is another name of the biases that all layers share."""
+        shared = not self.config.get("untie_r", True) and ".dec_attn.r_" in name
+        return shared or name.endswith(".inv_freq")
 
-    def _call(self, input_ids: Tensor, memory: Memory | None = None, **more: Any) -> Any:
+    def _call(self, input_ids: Tensor, *_: Any, memory: Memory | None = None, **more: Any) -> Any:
         """One segment.  memory: of those before it; None: there are none."""
         if memory is None:
             length = self.model.config.mem_len if self.config.get("first_memory") else 0
@@ -70,36 +70,28 @@ class TransformerXL(HuggingFace):
             memory = [empty] * self.model.config.n_layer
         return self.model(input_ids, mems=memory, **more)
 
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """Log-probabilities (batch, seq, vocab) of one segment that nothing precedes."""
-        with torch.no_grad(), self._mode():
-            return self._call(input_ids).logits
-
     def segments(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
         """Log-probabilities of all segments, fed one after the other."""
         memory, pieces = None, []
         with torch.no_grad(), self._mode():
             for segment in input_ids.split(lengths, dim=1):
-                output = self._call(segment, memory)
+                output = self._call(segment, memory=memory)
                 memory = output.mems
                 pieces.append(output.logits)
             return torch.cat(pieces, dim=1)
 
-    def loss_and_gradients(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The library's own next-token loss over all rows, and its gradient for every parameter by hub name."""
-        if not labels.equal(input_ids):
-            raise ValueError("the labels of a decoder are its ids")
-        return self.last_loss_and_gradients(input_ids, [input_ids.shape[1]])
-
     def last_loss_and_gradients(self, input_ids: Tensor, lengths: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same for the last segment, the ones before it being memory; all of them are run with gradients."""
+        """The library's own next-token loss of the last segment, the ones before it being memory, and its gradients.
+
+        All segments are run with gradients.
+        """
         self.model.zero_grad()
         *earlier, last = input_ids.split(lengths, dim=1)
         memory = None
         with self._mode():
             for segment in earlier:
-                memory = self._call(segment, memory).mems
-            loss = self._call(last, memory, labels=last).loss
+                memory = self._call(segment, memory=memory).mems
+            loss = self._call(last, memory=memory, labels=last).loss
             loss.backward()
         return loss.detach(), self.gradients()
 
@@ -108,9 +100,11 @@ class TransformerXL(HuggingFace):
         named = self.model.named_parameters()
         return {name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in named}
 
-    def probes(self, input_ids: Tensor) -> dict[str, Tensor]:
+    def probes(self, input_ids: Tensor, **_: Tensor) -> dict[str, Tensor]:
         """Every probe of the family, in canonical axes and computational order."""
-        where = {probe: place for probe, place in self.module_probes().items() if probe not in ("logits", "head_scores")}
+        where = {
+            probe: place for probe, place in self.module_probes().items() if probe not in ("logits", "head_scores")
+        }
         attentions = [layer.dec_attn for layer in self.model.transformer.layers]
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -131,10 +125,6 @@ class TransformerXL(HuggingFace):
             # What lies after the query is no score.
             found[f"{prefix}position_scores"] = shifted[layer][0].permute(2, 3, 0, 1).tril() * scale
         return canonical(self.family, self.config, found, {"input_ids": input_ids})
-
-
-def _only_derived(names: set[str]) -> set[str]:
-    return {name for name in names if name.endswith(".inv_freq")}
 
 
 @contextlib.contextmanager
@@ -158,7 +148,7 @@ class _Calls(TorchFunctionMode):
     """Keeps what the library's attention computes between its modules: a chunk and three einsums in each layer."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.chunks: list[tuple[Tensor, ...]] = []
         self.einsums: list[tuple[tuple[Tensor, ...], Tensor]] = []
 
@@ -173,8 +163,8 @@ class _Calls(TorchFunctionMode):
         return result
 
     def by_layer(self, layers: int) -> list[dict[str, Tensor]]:
-        """Query, key and value (batch, head, seq, head_dim), content scores, not scaled, and weights (batch, head, query,
-        key) of each layer.
+        """Of each layer: query, key and value (batch, head, seq, head_dim); content scores, not scaled, and weights
+        (batch, head, query, key).
         """
         if (len(self.chunks), len(self.einsums)) != (layers, 3 * layers):
             raise AssertionError("the library's attention is not a chunk and three einsums in each layer any more")

@@ -71,4 +71,5 @@ def test_gradients(judge: "Judge") -> None:
 
 def _segments(judge: "Judge") -> "tuple[Tensor, ...]":
     """The pieces of the case's ids."""
-    return judge.case.ids.split(judge.case.inputs["segments"].tolist(), dim=1)
+    pieces: tuple[Tensor, ...] = judge.case.ids.split(judge.case.inputs["segments"].tolist(), dim=1)
+    return pieces

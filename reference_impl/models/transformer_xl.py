@@ -2,12 +2,12 @@
 
 Dai et al. 2019, Transformer-XL: Attentive Language Models beyond a Fixed-Length Context (arXiv:1901.02860).
 
-A text is fed in segments. What entered each layer for the last `mem_len` tokens is remembered, and later segments attend
-to it without gradients. A batch is so many texts side by side, all segments of one length: there is no padding, and
-since positions are distances there are no position ids.
+A text is fed in segments. What entered each layer for the last `mem_len` tokens is remembered, and later segments
+attend to it without gradients. A batch is so many texts side by side, all segments of one length: there is no padding,
+and since positions are distances there are no position ids.
 
-Modules carry the names of Hugging Face checkpoints (model_type "transfo-xl"), so that a checkpoint's names are the state
-dict's names. Dropout is not implemented: train() and eval() change nothing.
+Modules carry the names of Hugging Face checkpoints (model_type "transfo-xl"), so that a checkpoint's names are the
+state dict's names. Dropout is not implemented: train() and eval() change nothing.
 
 Shapes: B batch, T tokens of this segment, M tokens of memory, S = M + T keys.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from reference_impl.config import DERIVED, WITHOUT_EFFECT, read_fields, require_model_type, require_positive
 from reference_impl.nn.adaptive import AdaptiveEmbedding, AdaptiveLogSoftmax, cluster_ids, cluster_width
+from reference_impl.nn.feed_forward import NormedFeedForward
 from reference_impl.nn.norm import LayerNorm
 from reference_impl.nn.relative_attention import RelativePositions, RelativeSelfAttention
 from reference_impl.nn.segment_memory import SegmentMemory, SegmentSession, visible_keys
@@ -33,7 +34,7 @@ KEYS_WITHOUT_EFFECT = WITHOUT_EFFECT | {
 }  # fmt: skip
 # Keys that name what the published models do not use, and the value that says so.
 NOT_IMPLEMENTED = {"adaptive": True, "attn_type": 0, "ext_len": 0, "sample_softmax": -1}
-LISTS = {"cutoffs", "tie_projs"}
+LISTS = {"cutoffs": int, "tie_projs": bool}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +91,8 @@ class TransformerXLConfig:
             raise ValueError(f"tie_projs={list(self.tie_projs)} must say something for each of {clusters} clusters")
         if self.d_model % 2:
             raise ValueError(f"d_model={self.d_model} must be even: half of a position's encoding are sines")
-        if self.mem_len < 0 or (self.same_length and not self.mem_len):
-            raise ValueError(f"mem_len={self.mem_len} must be 0 or more, and with same_length, where it is what a query "
-                             "sees, 1 or more")  # fmt: skip
+        if self.mem_len < self.same_length:
+            raise ValueError(f"mem_len={self.mem_len} must be 0 or more, with same_length, which shows so many keys, 1")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "TransformerXLConfig":
@@ -107,13 +107,14 @@ class TransformerXLConfig:
                 raise ValueError(f"{key}={config[key]!r} is not implemented; only {value!r} is")
         tied = config.get("tie_word_embeddings", cls.tie_word_embeddings)
         if config.get("tie_weight", tied) != tied:
-            raise ValueError(f"tie_weight={config['tie_weight']}, an old name of tie_word_embeddings={tied}, contradicts it")
-        values = read_fields(cls, config, elsewhere=KEYS_WITHOUT_EFFECT | NOT_IMPLEMENTED.keys() | LISTS | {"tie_weight"})
-        kinds = {"cutoffs": int, "tie_projs": bool}
-        for key in sorted(LISTS & {key for key, value in config.items() if value is not None}):
-            if not isinstance(config[key], list | tuple) or {type(item) for item in config[key]} - {kinds[key]}:
-                raise ValueError(f"{key}={config[key]!r} must be a list of {kinds[key].__name__}")
-            values[key] = tuple(config[key])
+            raise ValueError(f"tie_weight={config['tie_weight']}, an old name, contradicts tie_word_embeddings={tied}")
+        elsewhere = KEYS_WITHOUT_EFFECT | NOT_IMPLEMENTED.keys() | LISTS.keys() | {"tie_weight"}
+        values = read_fields(cls, config, elsewhere=elsewhere)
+        for key, kind in LISTS.items():
+            if config.get(key) is not None:
+                if not isinstance(config[key], list | tuple) or {type(item) for item in config[key]} - {kind}:
+                    raise ValueError(f"{key}={config[key]!r} must be a list of {kind.__name__}")
+                values[key] = tuple(config[key])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,9 +124,9 @@ class TransformerXLConfig:
 
 
 class TransformerXLAttention(RelativeSelfAttention):
-    """The first half of a block: relative attention to memory and segment, residual connection, norm.
+    """The first half of a block: y = LayerNorm(x + Attention([m ∘ x])), or with pre_lnorm x + Attention(LayerNorm(…)).
 
-        y = LayerNorm(x + Attention([m ∘ x]))      or, with pre_lnorm,      y = x + Attention(LayerNorm([m ∘ x]))
+    Dai et al. 2019 (arXiv:1901.02860), section 3.3, where m is the memory and ∘ joins along the sequence.
     """
 
     def __init__(self, config: TransformerXLConfig, attention: str, biases: dict[str, nn.Parameter]) -> None:
@@ -153,33 +154,18 @@ class TransformerXLAttention(RelativeSelfAttention):
         return y
 
 
-class TransformerXLFeedForward(nn.Module):
-    """The second half of a block: y = LayerNorm(x + FF(x)), or x + FF(LayerNorm(x)); FF is ReLU between two layers.
-
-    Vaswani et al. 2017 (arXiv:1706.03762), equation 2: W₁, b₁ → `CoreNet.0`, W₂, b₂ → `CoreNet.3` (dropout is 2 and 4).
-    """
-
-    def __init__(self, config: TransformerXLConfig) -> None:
-        super().__init__()
-        first, second = nn.Linear(config.d_model, config.d_inner), nn.Linear(config.d_inner, config.d_model)
-        self.CoreNet = nn.Sequential()
-        for name, module in {"0": first, "1": nn.ReLU(), "3": second}.items():
-            self.CoreNet.add_module(name, module)
-        self.layer_norm = LayerNorm(hidden_size=config.d_model, eps=config.layer_norm_epsilon)
-        self.pre_lnorm = config.pre_lnorm
-
-    def forward(self, x: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq hidden"]:
-        y: Tensor = x + self.CoreNet(self.layer_norm(x)) if self.pre_lnorm else self.layer_norm(x + self.CoreNet(x))
-        return y
-
-
 class TransformerXLLayer(nn.Module):
     """One block: attention, then feed-forward, each with its residual connection and norm."""
 
     def __init__(self, config: TransformerXLConfig, attention: str, biases: dict[str, nn.Parameter]) -> None:
         super().__init__()
         self.dec_attn = TransformerXLAttention(config, attention, biases)
-        self.pos_ff = TransformerXLFeedForward(config)
+        self.pos_ff = NormedFeedForward(
+            hidden_size=config.d_model,
+            intermediate_size=config.d_inner,
+            eps=config.layer_norm_epsilon,
+            pre_norm=config.pre_lnorm,
+        )
 
     def forward(
         self,

@@ -12,6 +12,8 @@ Parameters carry the names of Hugging Face's Transformer-XL.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +28,9 @@ def cluster_ids(vocab_size: int, cutoffs: Sequence[int]) -> list[range]:
         ValueError: the cutoffs do not rise from 1 to less than `vocab_size`.
     """
     bounds = [0, *cutoffs, vocab_size]
-    if any(low >= high for low, high in zip(bounds, bounds[1:], strict=False)):
+    if any(low >= high for low, high in pairwise(bounds)):
         raise ValueError(f"cutoffs={list(cutoffs)} must rise, from 1 or more to less than vocab_size={vocab_size}")
-    return [range(low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [range(low, high) for low, high in pairwise(bounds)]
 
 
 def cluster_width(d_embed: int, div_val: int, cluster: int) -> int:
@@ -39,7 +41,7 @@ def cluster_width(d_embed: int, div_val: int, cluster: int) -> int:
     Raises:
         ValueError: nothing is left of the width.
     """
-    width = d_embed // div_val**cluster
+    width = d_embed // int(div_val**cluster)
     if not width:
         raise ValueError(f"d_embed={d_embed} divided by div_val={div_val} to the power {cluster} is less than 1")
     return width
@@ -116,11 +118,13 @@ class AdaptiveEmbedding(nn.Module):
         vocab_size = self.clusters[-1].stop
         if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
             raise ValueError(f"ids must be 0 … {vocab_size - 1}, got {int(input_ids.min())} … {int(input_ids.max())}")
-        y = self.emb_layers[0].weight.new_zeros(*input_ids.shape, self.d_model)
+        tables: Any = self.emb_layers
+        y: Tensor = tables[0].weight.new_zeros(*input_ids.shape, self.d_model)
         for n, ids in enumerate(self.clusters):
             inside = (input_ids >= ids.start) & (input_ids < ids.stop)  # (B, T)
-            y[inside] = project(self.emb_layers[n](input_ids[inside] - ids.start), self.emb_projs.of(n))
-        return y * self.scale
+            y[inside] = project(tables[n](input_ids[inside] - ids.start), self.emb_projs.of(n))
+        scaled: Tensor = y * self.scale
+        return scaled
 
 
 class AdaptiveLogSoftmax(nn.Module):
@@ -164,7 +168,7 @@ class AdaptiveLogSoftmax(nn.Module):
 
     def layer(self, cluster: int) -> tuple[Tensor, Tensor]:
         """Weight and bias of the ids of a cluster."""
-        if not self.one_layer:
-            return self.out_layers[cluster].weight, self.out_layers[cluster].bias
+        layer: Any = self.out_layers[0 if self.one_layer else cluster]
         ids = self.clusters[cluster]
-        return self.out_layers[0].weight[ids.start : ids.stop], self.out_layers[0].bias[ids.start : ids.stop]
+        rows = slice(ids.start, ids.stop) if self.one_layer else slice(None)
+        return layer.weight[rows], layer.bias[rows]

@@ -25,8 +25,9 @@ def relative_shift(x: Float[Tensor, "batch heads queries distances"]) -> Float[T
                           0 12
                          11 10
 
-    The first of the new rows is cut off, not the last: that would leave each query with the scores of the one before it,
-    as some ports do (labmlai/annotated_deep_learning_paper_implementations#185). What lies after the query (here the 0 of the first row) is no score: hide it.
+    The first of the new rows is cut off. Some ports cut off the last, which gives each query the scores of the one
+    before it (labmlai/annotated_deep_learning_paper_implementations#185). What lies after the query (here the 0 of the
+    first row) is no score: hide it.
     """
     batch, heads, queries, keys = x.shape
     padded = F.pad(x, (1, 0))  # (B, H, T, 1 + S)
@@ -134,8 +135,8 @@ class RelativeSelfAttention(nn.Module):
     the last two mean "added to the query that meets words" and "… that meets relative positions".
 
     Children without weights show to forward hooks what no projection returns: `query` (B, H, T, Dh), `key` and `value`
-    (B, H, S, Dh), and when written out `content_scores`, `position_scores` (0 after the query) and `weights`, (B, H, T, S).
-    Dropout is not implemented.
+    (B, H, S, Dh), and when written out `content_scores`, `position_scores` (0 after the query) and `weights`, all
+    (B, H, T, S). Dropout is not implemented.
 
     Args:
         content_bias, position_bias: u and v where all layers share them; None: this layer has its own.

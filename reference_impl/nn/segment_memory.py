@@ -20,8 +20,8 @@ def remember(old: Hidden | None, new: Hidden, mem_len: int) -> Hidden:
 
         m' = SG([m ∘ h]) cut to its last mem_len tokens
 
-    Dai et al. 2019 (arXiv:1901.02860), section 3.2: h^(n−1)_τ → `new`, SG is stop-gradient, M → `mem_len`. The memory may
-    span several segments: with mem_len = 6 and segments of 4 it holds, after each segment, tokens
+    Dai et al. 2019 (arXiv:1901.02860), section 3.2: h^(n−1)_τ → `new`, SG is stop-gradient, M → `mem_len`. The memory
+    may span several segments: with mem_len = 6 and segments of 4 it holds, after each segment, tokens
 
         0 1 2 3        2 … 7        6 … 11
 

@@ -1,4 +1,4 @@
-"""Transformer-XL's recipes obey the config rules: what hides mistakes in other people's tests does not occur in these."""
+"""Transformer-XL's recipes obey the config rules: what hides mistakes in other tests does not occur in these."""
 
 from itertools import combinations
 

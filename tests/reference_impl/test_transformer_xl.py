@@ -8,8 +8,8 @@ from reference_impl.checkpoint import load_model, save_model
 from reference_impl.models.transformer_xl import TransformerXL, TransformerXLConfig
 
 CONFIG = TransformerXLConfig(
-    vocab_size=17, cutoffs=(5, 11), d_model=6, d_embed=8, div_val=2, n_layer=2, n_head=2, d_head=4, d_inner=7, mem_len=3,
-    clamp_len=4, same_length=False, layer_norm_epsilon=0.01,
+    vocab_size=17, cutoffs=(5, 11), d_model=6, d_embed=8, div_val=2, n_layer=2, n_head=2, d_head=4, d_inner=7,
+    mem_len=3, clamp_len=4, same_length=False, layer_norm_epsilon=0.01,
 )  # fmt: skip
 IDS = torch.tensor([[3, 11, 4, 1, 16, 9, 2, 6, 5], [12, 7, 1, 8, 2, 15, 1, 8, 0], [0, 5, 10, 7, 2, 13, 14, 6, 6]])
 # Segments of 9 tokens: at once, one by one, shorter and longer than the memory of 3.
@@ -100,7 +100,9 @@ class Equations:
                 powers = []
                 for j in range(first, i + 1):
                     rows = self.weights[f"{name}.r_net.weight"][head * width : (head + 1) * width]
-                    content = dot(plus(joint[i][part["q"]], self.weights[f"{name}.r_w_bias"][head]), joint[j][part["k"]])
+                    content = dot(
+                        plus(joint[i][part["q"]], self.weights[f"{name}.r_w_bias"][head]), joint[j][part["k"]]
+                    )
                     position = dot(plus(joint[i][part["q"]], self.weights[f"{name}.r_r_bias"][head]),
                                    times(rows, self.encoding(i - j)))  # fmt: skip
                     powers.append(math.exp((content + position) / math.sqrt(width)))
@@ -390,11 +392,11 @@ def test_defaults_are_those_of_hugging_face():
 def test_the_config_of_the_hub_is_read():
     config = {
         "adaptive": True, "architectures": ["TransfoXLLMHeadModel"], "attn_type": 0, "clamp_len": 1000,
-        "cutoffs": [20000, 40000, 200000], "d_embed": 1024, "d_head": 64, "d_inner": 4096, "d_model": 1024, "div_val": 4,
-        "dropatt": 0.0, "dropout": 0.1, "eos_token_id": 0, "ext_len": 0, "init": "normal", "init_range": 0.01,
-        "init_std": 0.02, "layer_norm_epsilon": 1e-05, "mem_len": 1600, "model_type": "transfo-xl", "n_head": 16,
-        "n_layer": 18, "pre_lnorm": False, "proj_init_std": 0.01, "same_length": True, "sample_softmax": -1,
-        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 250}}, "tgt_len": 128,
+        "cutoffs": [20000, 40000, 200000], "d_embed": 1024, "d_head": 64, "d_inner": 4096, "d_model": 1024,
+        "div_val": 4, "dropatt": 0.0, "dropout": 0.1, "eos_token_id": 0, "ext_len": 0, "init": "normal",
+        "init_range": 0.01, "init_std": 0.02, "layer_norm_epsilon": 1e-05, "mem_len": 1600, "n_head": 16,
+        "model_type": "transfo-xl", "n_layer": 18, "pre_lnorm": False, "proj_init_std": 0.01, "same_length": True,
+        "sample_softmax": -1, "task_specific_params": {"text-generation": {"do_sample": True}}, "tgt_len": 128,
         "tie_projs": [False, True, True, True], "tie_weight": True, "untie_r": True, "vocab_size": 267735,
     }  # fmt: skip
     assert TransformerXLConfig.from_dict(config) == TransformerXLConfig()
@@ -420,7 +422,7 @@ def test_a_config_is_written_as_it_is_read():
         ({"sample_softmax": 5}, "sample_softmax=5 is not implemented; only -1 is"),
         ({"ext_len": 1}, "ext_len=1 is not implemented; only 0 is"),
         ({"adaptive": False}, "adaptive=False is not implemented; only True is"),
-        ({"tie_weight": False}, "tie_weight=False, an old name of tie_word_embeddings=True, contradicts it"),
+        ({"tie_weight": False}, "tie_weight=False, an old name, contradicts tie_word_embeddings=True"),
         ({"cutoffs": [20000, 300000]}, r"cutoffs=\[20000, 300000\] must rise, .* less than vocab_size=267735"),
         ({"cutoffs": [4.0]}, r"cutoffs=\[4\.0\] must be a list of int"),
         ({"cutoffs": 7}, "cutoffs=7 must be a list of int"),
@@ -429,7 +431,7 @@ def test_a_config_is_written_as_it_is_read():
         ({"d_model": 7}, "d_model=7 must be even: half of a position's encoding are sines"),
         ({"d_embed": 60}, "d_embed=60 divided by div_val=4 to the power 3 is less than 1"),
         ({"mem_len": -1}, "mem_len=-1 must be 0 or more"),
-        ({"mem_len": 0}, "mem_len=0 must be 0 or more, and with same_length, where it is what a query sees, 1 or more"),
+        ({"mem_len": 0}, "mem_len=0 must be 0 or more, with same_length, which shows so many keys, 1"),
         ({"n_layer": 0}, "n_layer=0 must be greater than 0"),
         ({"n_head": 2.0}, r"n_head=2\.0 must be of type int"),
     ],
