@@ -33,7 +33,9 @@ COMPONENTS = (
     "sparse_moe",
     "switch_ffn",
 )
-MODELS = ("transformer", "gpt", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi", "transformer_xl")
+MODELS = (
+    "rnn_search", "gnmt", "transformer", "gpt", "transformer_xl", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi",
+)  # fmt: skip
 FAMILIES = (*COMPONENTS, *MODELS)
 
 Config = dict[str, Any]
