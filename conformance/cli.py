@@ -116,7 +116,8 @@ def _refused(arguments: tuple[str, ...]) -> str:
 def fuzz(implementation: str, family: tuple[str, ...], examples: int, **options: Any) -> None:
     """Compare an implementation with reference_impl on random valid configurations, in float64.
 
-    The reference itself is compared with the live oracle (needs transformers).  A failure is shrunk; its case is kept
+    The reference itself is compared with the live oracle (needs transformers, and fuzzes those families whose oracle
+    the installed release has).  A failure is shrunk; its case is kept
     and replayed by `conformance run IMPL --case DIR`.
 
     Exit status: 0 no failure, 1 a family failed, 2 could not run or judged nothing.

@@ -111,7 +111,7 @@ class Family:
     double_settings: the same at true double precision only (a guard that insists on torch.float32 switched off, …).
     oracle_kernels: the attention kernels of the oracle, whose spread in a working dtype is its own error.
     oracle_class: "module:Class" of what runs the oracle, a `HuggingFace`.
-    oracle_requires: the releases of transformers that have the oracle and that its class knows.
+    oracle_requires: the releases of transformers that have the oracle and that its class knows; None: it needs none.
     layers_key, positions_key: what config.json calls the number of blocks and the end of the context.
     module_kinds: name of a weight's module -> what kind of weight it is (`conformance.draws.KINDS`), for modules whose
         names do not say it.
@@ -135,7 +135,7 @@ class Family:
     double_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     oracle_kernels: tuple[str, ...] = ("eager", "sdpa")
     oracle_class: str = "conformance.oracles.hugging_face:HuggingFace"
-    oracle_requires: str = "transformers>=5.18,<6"
+    oracle_requires: str | None = "transformers>=5.18,<6"
     layers_key: str = "num_hidden_layers"
     positions_key: str = "max_position_embeddings"
     module_kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -21,7 +21,7 @@ def oracle_class(family: Family) -> "type[HuggingFace]":
 def oracle_missing(name: str) -> str | None:
     """What the oracle of a family needs that is not installed; None if it can run (a component's always can)."""
     family = get(name)
-    if not isinstance(family, Family):
+    if not isinstance(family, Family) or family.oracle_requires is None:
         return None
     needed = Requirement(family.oracle_requires)
     try:
