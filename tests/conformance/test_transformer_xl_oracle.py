@@ -233,6 +233,13 @@ def test_counterfactuals_of_our_own_reach_no_config_of_the_library() -> None:
         assert error(model.logits(ids_of()), oracle().logits(ids_of())) > 1e-2
 
 
+def test_reference_agrees_on_drawn_configurations(tmp_path: Any) -> None:
+    from conformance.fuzz import fuzz
+
+    result = fuzz("reference", ["transformer_xl"], keep=tmp_path, seconds=600, most=8)[0]
+    assert (result.failure, result.examples, result.unsupported) == (None, 8, {})
+
+
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
 
