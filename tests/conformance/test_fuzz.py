@@ -15,8 +15,8 @@ from conformance.cases import Case
 from conformance.cli import main
 from conformance.configurations import DRAWN, LONGEST, configurations, plain
 from conformance.families import MODELS, get
-from conformance.oracles import oracle_missing
 from conformance.fuzz import Found, Fuzzer, examples, fuzz
+from conformance.oracles import oracle_missing
 from conformance.worker import Worker
 from reference_impl.checkpoint import FAMILIES
 
