@@ -3,6 +3,7 @@
 Needs a release of transformers that still has the model: `tox -e transformer-xl`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from conformance.families import Config, get
-from conformance.golden.model import draw_inputs, draw_weights
+from conformance.golden import GoldenError
+from conformance.golden.model import derive, draw_inputs, draw_weights
 from conformance.oracles import oracle_missing
 from conformance.oracles.true_double import TrueDouble
 from conformance.sizes import PUBLISHED
@@ -231,6 +233,42 @@ def test_counterfactuals_of_our_own_reach_no_config_of_the_library() -> None:
         model = oracle(**change({}))
         assert not {"first_memory", "cluster_order"} & model.model.config.to_dict().keys()
         assert error(model.logits(ids_of()), oracle().logits(ids_of())) > 1e-2
+
+
+# --- goldens --------------------------------------------------------------------------------------------------------
+
+
+def test_segments_that_are_not_the_whole_sequence_are_refused() -> None:
+    with pytest.raises(GoldenError, match=r"segments of \(4, 4\) tokens do not make up seq=11"):
+        derive(dataclasses.replace(MEM_LEN, segments=(4, 4)))
+
+
+def test_a_reference_whose_memory_carries_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_gradients(old: Tensor | None, new: Tensor, mem_len: int) -> Tensor:
+        known = new if old is None else torch.cat([old, new], dim=1)
+        return known[:, max(0, known.shape[1] - mem_len) :]
+
+    monkeypatch.setattr("reference_impl.nn.segment_memory.remember", with_gradients)
+    with pytest.raises(GoldenError, match=r"field-mem_len: oracle and reference differ by .* at the gradient of "):
+        derive(MEM_LEN)
+
+
+def test_a_reference_whose_memory_forgets_one_token_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from reference_impl.nn.segment_memory import remember
+
+    monkeypatch.setattr(
+        "reference_impl.nn.segment_memory.remember", lambda old, new, mem_len: remember(old, new, mem_len - 1)
+    )
+    with pytest.raises(GoldenError, match=r"oracle and reference differ by .* at segments\.logits"):
+        derive(MEM_LEN)
+
+
+def test_a_field_that_shows_in_segments_alone_is_worth_a_case() -> None:
+    """One forward does not know how long the memory is; what a mistake does not move is not stored."""
+    derived = derive(MEM_LEN)
+    assert derived.provenance["movement"]["mem_len ignored"] > 0.1
+    stored = {name for name in derived.expected if name.startswith("counterfactual.mem_len ignored.")}
+    assert stored == {"counterfactual.mem_len ignored.segments.logits"}
 
 
 def test_reference_agrees_on_drawn_configurations(tmp_path: Any) -> None:
