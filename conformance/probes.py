@@ -43,7 +43,7 @@ VOCABULARY: dict[str, str] = {
     "mask",
     "layers.N.attention.position_scores": "relative positions: scaled scores of where keys are, (q + v) · distance "
     "key, by key, 0 after the query",
-    "layers.N.attention.scores": "scaled scores, before any mask",
+    "layers.N.attention.scores": "scaled scores, position bias included, before any mask",
     "layers.N.attention.weights": "attention weights: softmax of the masked scores over the keys",
     "layers.N.attention.context": "weighted sum of the values, before the output projection",
     "layers.N.attention.output": "output projection of the context, bias included",
@@ -71,7 +71,7 @@ VOCABULARY: dict[str, str] = {
     "steps.N.state": "hidden state after step N, of the layer that attends",
     "pieces": "values that a maxout layer chooses from",
     "maxout": "what a maxout layer returns: the larger of each two neighbours",
-    "final_norm": "normalised output of the last block, the input of the head",
+    "final_norm": "normalised output of the last block: the input of the head, or what a decoder attends to",
     "head_scores": "adaptive softmax: scores of the first cluster's tokens and, after them, of the other clusters",
     "logits": "scores over the vocabulary, before any softmax; of an adaptive softmax, log-probabilities",
 }

@@ -165,6 +165,21 @@ _XL_LARGE = _XL_STANDARD | {
 # The published weights of the large model, transfo-xl-wt103 on the hub, are 285 million numbers.  Table 1 prints 257M
 # and says not of what; with 16 of the 18 layers the model would have 257,919,818.
 _XL = "figure: Dai et al. 2019, arXiv:1901.02860, table 1; sizes: "
+# Every second layer is sparse.  The released weights have feed-forward layers of two matrices, 4 · d_model wide.
+_SWITCH_BASE = {
+    "model_type": "switch_transformers",
+    "vocab_size": 32128,
+    "d_model": 768,
+    "d_kv": 64,
+    "d_ff": 3072,
+    "num_heads": 12,
+    "num_layers": 12,
+    "num_decoder_layers": 12,
+    "num_sparse_encoder_layers": 6,
+    "num_sparse_decoder_layers": 6,
+    "num_experts": 128,
+}
+_SWITCH = "sizes: config.json of google/switch-base-128; figure: Fedus et al. 2021, arXiv:2101.03961, table 9"
 
 PUBLISHED: tuple[Published, ...] = (
     Published(name="GPT", family="gpt", config=_gpt("openai-gpt", 40478, 512, 768, 12, 12),
@@ -208,4 +223,6 @@ PUBLISHED: tuple[Published, ...] = (
               printed="151M", source=_XL + "pytorch/run_wt103_base.sh of kimiyoung/transformer-xl"),
     Published(name="Transformer-XL Large", family="transformer_xl", config=_XL_LARGE, parameters=285_205_322,
               printed=None, contradicted=("257M",), source=_XL + "config.json of transfo-xl/transfo-xl-wt103"),
+    Published(name="Switch-Base", family="switch_transformer", config=_SWITCH_BASE,
+              parameters=7_415_217_408, printed="7B", source=_SWITCH),
 )  # fmt: skip

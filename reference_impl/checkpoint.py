@@ -30,6 +30,7 @@ FAMILIES = {
     "marian": ("reference_impl.models.transformer", "TransformerConfig", "Transformer"),
     "phi": ("reference_impl.models.phi", "PhiConfig", "Phi"),
     "rnn_search": ("reference_impl.models.rnn_search", "RNNSearchConfig", "RNNSearch"),
+    "switch_transformers": ("reference_impl.models.switch_transformer", "SwitchTransformerConfig", "SwitchTransformer"),
     "transfo-xl": ("reference_impl.models.transformer_xl", "TransformerXLConfig", "TransformerXL"),
     "transformer": ("reference_impl.models.transformer", "TransformerConfig", "Transformer"),
 }

@@ -34,8 +34,19 @@ COMPONENTS = (
     "switch_ffn",
 )
 MODELS = (
-    "rnn_search", "gnmt", "transformer", "gpt", "transformer_xl", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi",
-)  # fmt: skip
+    "rnn_search",
+    "gnmt",
+    "transformer",
+    "gpt",
+    "transformer_xl",
+    "gpt2",
+    "gpt3",
+    "switch_transformer",
+    "llama",
+    "mistral",
+    "mixtral",
+    "phi",
+)
 FAMILIES = (*COMPONENTS, *MODELS)
 
 Config = dict[str, Any]
@@ -115,6 +126,7 @@ class Family:
     layers_key, positions_key: what config.json calls the number of blocks and the end of the context.
     module_kinds: name of a weight's module -> what kind of weight it is (`conformance.draws.KINDS`), for modules whose
         names do not say it.
+    copies: name of a tensor -> of the one that it repeats, for what a checkpoint holds twice.
     """
 
     name: str
@@ -139,6 +151,7 @@ class Family:
     layers_key: str = "num_hidden_layers"
     positions_key: str = "max_position_embeddings"
     module_kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,8 +133,8 @@ def _recipes() -> tuple[Recipe, ...]:
             summary="everything at once: all sizes different, 2 of 5 experts, a window, grouped queries, scaling",
             config=distinct,
             weights="mixtral/distinct",
-            claims=_FULL,
-            store=frozenset({"probes", "gradients", "blocks", "positions", "loss"}),
+            claims=_FULL | {"golden.auxiliary_losses": ("float64",)},
+            store=frozenset({"probes", "gradients", "blocks", "positions", "loss", "auxiliary"}),
             counterfactuals={"sliding_window ignored": distinct | {"sliding_window": None}},
         ),
         Recipe(

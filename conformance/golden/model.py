@@ -24,7 +24,8 @@ def draw_weights(family: Family, recipe: Recipe) -> dict[str, Tensor]:
     """The case's weights under hub names, float32."""
     shapes = family.tensor_shapes(recipe.config)
     return {
-        name: draws.tensor(recipe.weights, name, shapes[name], family.module_kinds) * _factor(recipe, name)
+        name: draws.tensor(recipe.weights, family.copies.get(name, name), shapes[name], family.module_kinds)
+        * _factor(recipe, name)
         for name in sorted(shapes)
     }
 

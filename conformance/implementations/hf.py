@@ -11,10 +11,15 @@ from conformance.implementation import Unsupported
 from conformance.oracles import oracle_missing
 
 # Families whose model transformers has or had, and those of them that it has no SDPA kernel for.
-HUB_FAMILIES = frozenset({"gpt", "gpt2", "llama", "mistral", "mixtral", "phi", "transformer", "transformer_xl"})
-EAGER_ONLY = frozenset({"gpt", "transformer_xl"})
+HUB_FAMILIES = frozenset(
+    {"gpt", "gpt2", "llama", "mistral", "mixtral", "phi", "switch_transformer", "transformer", "transformer_xl"}
+)
+EAGER_ONLY = frozenset({"gpt", "switch_transformer", "transformer_xl"})
 # Encoder–decoder models whose positions count pads, and that take no positions of ours.
 COUNTS_PADS = frozenset({"marian"})
+PADS_COUNT = "its positions count pads, so that a token's position depends on the pads before it"
+# What Switch stores in its configuration and never reads.
+PADS_ARE_ROUTED = "router_ignore_padding_tokens is ignored: pads before a token take its room at experts"
 # model_type -> how to load it. The default kernel of experts, grouped_mm, has no float64.
 SETTINGS = {"mixtral": {"experts_implementation": "eager"}}
 
@@ -61,7 +66,10 @@ class HuggingFaceModels:
         )
         model = model.to(checkpoint.device).eval()
         if loader is AutoModelForSeq2SeqLM:
-            return EncoderDecoderModel(model, counts_pads=model_type in COUNTS_PADS)
+            reason = PADS_COUNT if model_type in COUNTS_PADS else None
+            if getattr(model.config, "router_ignore_padding_tokens", False):
+                reason = PADS_ARE_ROUTED
+            return EncoderDecoderModel(model, reason)
         # GPT would take a cache and ignore it
         has_cache = "past_key_values" in inspect.signature(model.forward).parameters
         return CachingModel(model) if has_cache else Model(model)
@@ -99,12 +107,12 @@ class CachingModel(Model):
 class EncoderDecoderModel(torch.nn.Module):
     """An encoder and a decoder that attends to it.
 
-    counts_pads: whether its positions count pads; tokens after pads are then beyond it.
+    no_left_padding: why tokens after pads are beyond it, if they are.
     """
 
-    def __init__(self, model: Any, counts_pads: bool):
+    def __init__(self, model: Any, no_left_padding: str | None):
         super().__init__()
-        self.model, self.counts_pads = model, counts_pads
+        self.model, self.no_left_padding = model, no_left_padding
         self.parameters = by_hub_name(model)  # type: ignore[assignment]
 
     def forward(
@@ -122,8 +130,8 @@ class EncoderDecoderModel(torch.nn.Module):
         )  # fmt: skip
 
     def refuse_left_padding(self, *masks: Tensor | None) -> None:
-        if self.counts_pads and any(mask is not None and (mask.diff(dim=1) > 0).any() for mask in masks):
-            raise Unsupported("its positions count pads, so that a token's position depends on the pads before it")
+        if self.no_left_padding and any(mask is not None and (mask.diff(dim=1) > 0).any() for mask in masks):
+            raise Unsupported(self.no_left_padding)
 
     def session(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> "EncoderDecoderSession":
         self.refuse_left_padding(attention_mask)

@@ -66,8 +66,12 @@ class Model:
     ) -> dict[str, Tensor]:
         from reference_impl.nn.loss import next_token_loss
 
-        logits = self.model(input_ids, attention_mask, position_ids)
-        return {"logits": logits} if labels is None else {"logits": logits, "loss": next_token_loss(logits, labels)}
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return (
+            {"logits": self.model(**arguments)}
+            if labels is None
+            else with_losses(self.model, arguments, labels, next_token_loss)
+        )
 
 
 class EncoderDecoderModel:
@@ -87,11 +91,27 @@ class EncoderDecoderModel:
     ) -> dict[str, Tensor]:
         from reference_impl.nn.loss import token_loss
 
-        logits = self.model(
-            input_ids, attention_mask, decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-        )  # fmt: skip
-        return {"logits": logits} if labels is None else {"logits": logits, "loss": token_loss(logits, labels)}
+        arguments = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+        }  # fmt: skip
+        return (
+            {"logits": self.model(**arguments)}
+            if labels is None
+            else with_losses(self.model, arguments, labels, token_loss)
+        )
+
+
+def with_losses(
+    model: Any, arguments: dict[str, Tensor | None], labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Logits, their loss, and what the routers, if there are any, add to it, before the coefficients, by name."""
+    from reference_impl.nn.moe import recorded_router_logits
+
+    with recorded_router_logits(model) as router_logits:
+        logits = model(**arguments)
+    router_losses = model.router_losses(router_logits) if router_logits else {}
+    return {"logits": logits, "loss": loss(logits, labels), **router_losses}
 
 
 class SegmentModel:

@@ -10,7 +10,7 @@ not implemented: train() and eval() change nothing.
 Shapes: B batch, T tokens of this call, S tokens so far (cached and new).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from reference_impl.nn import masks, rotary
 from reference_impl.nn.attention import GroupedQueryAttention
 from reference_impl.nn.feed_forward import activation
 from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
-from reference_impl.nn.moe import MixtureOfExperts
+from reference_impl.nn.moe import MixtureOfExperts, load_balancing_loss
 from reference_impl.nn.norm import RMSNorm
 
 # Keys of Mixtral's config.json that say nothing about the logits in evaluation, beside those of every family. The first
@@ -220,6 +220,14 @@ class Mixtral(nn.Module):
         """
         logits: Tensor = self.lm_head(self.model(input_ids, attention_mask, position_ids, cache))
         return logits
+
+    def router_losses(self, router_logits: Sequence[Float[Tensor, "batch _ experts"]]) -> dict[str, Float[Tensor, ""]]:
+        """What training adds to the cross-entropy, before `router_aux_loss_coef`: see `load_balancing_loss`.
+
+        Args:
+            router_logits: those of each router, as `recorded_router_logits` gives them.
+        """
+        return {"aux_loss": load_balancing_loss(router_logits, self.config.num_experts_per_tok)}
 
     def session(self, max_length: int | None = None) -> Session:
         """A batch of texts to be fed piece by piece; `max_length` (tokens, padding included) fixes its memory."""

@@ -27,10 +27,11 @@ from reference_impl.nn.norm import LayerNorm
 
 # Keys of config.json that say nothing about what a forward pass in evaluation computes, beside those of every family.
 KEYS_WITHOUT_EFFECT = WITHOUT_EFFECT | {
-    "activation_dropout", "add_bias_logits", "add_final_layer_norm", "bad_words_ids", "classifier_dropout",
-    "decoder_layerdrop", "decoder_start_token_id", "dropout", "encoder_layerdrop", "extra_pos_embeddings",
-    "forced_eos_token_id", "init_std", "is_decoder", "is_encoder_decoder", "max_length", "normalize_before",
-    "normalize_embedding", "num_beams", "num_hidden_layers", "static_position_embeddings",
+    "_num_labels", "activation_dropout", "add_bias_logits", "add_final_layer_norm", "bad_words_ids", "classif_dropout",
+    "classifier_dropout", "decoder_layerdrop", "decoder_start_token_id", "dropout", "encoder_layerdrop",
+    "extra_pos_embeddings", "forced_eos_token_id", "gradient_checkpointing", "init_std", "is_decoder",
+    "is_encoder_decoder", "max_length", "normalize_before", "normalize_embedding", "num_beams", "num_hidden_layers",
+    "static_position_embeddings",
 }  # fmt: skip
 
 # model_type → the order of sines and cosines.

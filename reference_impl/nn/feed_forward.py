@@ -124,6 +124,26 @@ class BiasedFeedForward(nn.Module):
         return output
 
 
+class DenseFeedForward(nn.Module):
+    """One projection up, an activation, and one projection down, without biases (T5, and one expert of Switch).
+
+        y = W_o act(W_i x)
+
+    Raffel et al. 2020 (arXiv:1910.10683), section 2.1, where act is ReLU; the names are those of its code. Arithmetic
+    is in the dtype of `x`.
+    """
+
+    def __init__(self, *, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+        super().__init__()
+        self.wi = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.act = activation(hidden_act)
+        self.wo = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+        output: Tensor = self.wo(self.act(self.wi(x)))
+        return output
+
+
 class Conv1DFeedForward(nn.Module):
     """One projection up, an activation, and one projection down, stored (in, out) as in GPT, GPT-2 and GPT-3.
 

@@ -146,6 +146,23 @@ def test_mixtral_uses_as_many_parameters_for_a_token_as_are_announced() -> None:
     assert abs(model.parameters - count(idle) - active) < last_digit
 
 
+@pytest.mark.parametrize(
+    ("figure", "width", "inside", "heads", "layers", "step", "experts"),
+    [("26B", 1024, 4096, 16, 24, 2, 128), ("1571B", 2080, 6144, 32, 15, 1, 2048)],
+    ids=["Switch-Large", "Switch-C"],
+)
+def test_larger_switches_have_as_many_parameters_as_are_printed(
+    figure: str, width: int, inside: int, heads: int, layers: int, step: int, experts: int
+) -> None:
+    """Fedus et al. 2021, table 9.  They have too many modules to be built, so the tensors are counted."""
+    config = {
+        "vocab_size": 32128, "d_model": width, "d_kv": 64, "d_ff": inside, "num_heads": heads, "num_layers": layers,
+        "num_decoder_layers": layers, "encoder_sparse_step": step, "decoder_sparse_step": step, "num_experts": experts,
+    }  # fmt: skip
+    printed, last_digit = read_figure(figure)
+    assert abs(count(get("switch_transformer").tensor_shapes(config)) - printed) < last_digit
+
+
 # --- the table ------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from reference_impl.nn import feed_forward
-from reference_impl.nn.feed_forward import BiasedFeedForward, Conv1DFeedForward, GatedFeedForward, NormedFeedForward
+from reference_impl.nn.feed_forward import (
+    BiasedFeedForward,
+    Conv1DFeedForward,
+    DenseFeedForward,
+    GatedFeedForward,
+    NormedFeedForward,
+)
 
 
 def gelu_tanh(x):
@@ -145,3 +151,14 @@ def test_norm_and_residual_connection_are_part_of_the_normed_block(pre_norm):
 
     expected = x + feed(norm(x)) if pre_norm else norm(x + feed(x))
     torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("hidden_act", ["relu", "silu"])
+def test_the_block_without_biases_follows_its_equation(hidden_act):
+    block = DenseFeedForward(hidden_size=3, intermediate_size=4, hidden_act=hidden_act).double()
+    x = torch.tensor([[0.3, -1.2, 0.5]], dtype=torch.float64)
+    act = {"relu": lambda v: max(v, 0.0), "silu": lambda v: v / (1 + math.exp(-v))}[hidden_act]
+    inside = [act(sum(map(float.__mul__, row, x[0].tolist()))) for row in block.wi.weight.tolist()]
+    expected = [sum(map(float.__mul__, row, inside)) for row in block.wo.weight.tolist()]
+    torch.testing.assert_close(block(x), torch.tensor([expected], dtype=torch.float64), rtol=1e-13, atol=1e-13)
+    assert [name for name, _ in block.named_parameters()] == ["wi.weight", "wo.weight"]
