@@ -31,11 +31,13 @@ FAMILIES = {
     "phi": ("reference_impl.models.phi", "PhiConfig", "Phi"),
     "rnn_search": ("reference_impl.models.rnn_search", "RNNSearchConfig", "RNNSearch"),
     "switch_transformers": ("reference_impl.models.switch_transformer", "SwitchTransformerConfig", "SwitchTransformer"),
+    "transfo-xl": ("reference_impl.models.transformer_xl", "TransformerXLConfig", "TransformerXL"),
     "transformer": ("reference_impl.models.transformer", "TransformerConfig", "Transformer"),
 }
 
-# Tensors that old files hold although they follow from config.json: rotary frequencies, GPT's and GPT-2's causal masks.
-DERIVED_TENSORS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+# Tensors that files hold although they follow from config.json: frequencies of rotary and of Transformer-XL's
+# positions, GPT's and GPT-2's causal masks.
+DERIVED_TENSORS = (".rotary_emb.inv_freq", ".pos_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 READABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 CONFIG_FILE, SINGLE_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"

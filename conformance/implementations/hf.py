@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from conformance.implementation import Unsupported
+from conformance.oracles import oracle_missing
 
-# Families whose model the installed transformers has, and those of them that it has no SDPA kernel for.
-HUB_FAMILIES = frozenset({"gpt", "gpt2", "llama", "mistral", "mixtral", "phi", "switch_transformer", "transformer"})
-EAGER_ONLY = frozenset({"gpt", "switch_transformer"})
+# Families whose model transformers has or had, and those of them that it has no SDPA kernel for.
+HUB_FAMILIES = frozenset(
+    {"gpt", "gpt2", "llama", "mistral", "mixtral", "phi", "switch_transformer", "transformer", "transformer_xl"}
+)
+EAGER_ONLY = frozenset({"gpt", "switch_transformer", "transformer_xl"})
 # Encoder–decoder models whose positions count pads, and that take no positions of ours.
 COUNTS_PADS = frozenset({"marian"})
 PADS_COUNT = "its positions count pads, so that a token's position depends on the pads before it"
@@ -29,7 +32,12 @@ class HuggingFaceModels:
 
     def __init__(self, attention: str):
         self.attention = attention
-        self.families = HUB_FAMILIES if attention == "eager" else HUB_FAMILIES - EAGER_ONLY
+
+    @property
+    def families(self) -> frozenset[str]:
+        """Those whose model the installed release has."""
+        families = HUB_FAMILIES if self.attention == "eager" else HUB_FAMILIES - EAGER_ONLY
+        return frozenset(family for family in families if oracle_missing(family) is None)
 
     @property
     def name(self) -> str:
@@ -37,12 +45,17 @@ class HuggingFaceModels:
 
         return f"transformers {version('transformers')}, {self.attention}"
 
-    def load(self, checkpoint: Any) -> "Model | EncoderDecoderModel":
+    def load(self, checkpoint: Any) -> "Model | EncoderDecoderModel | TransformerXLModel":
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         model_type = checkpoint.config["model_type"]
+        if model_type == "transfo-xl":
+            logging.set_verbosity_error()  # it counts what follows from config.json as missing
+            model = AutoModelForCausalLM.from_pretrained(checkpoint.path, torch_dtype=checkpoint.dtype)
+            # Some of its parameters are float32 whatever is asked for.
+            return TransformerXLModel(model.to(device=checkpoint.device, dtype=checkpoint.dtype).eval())
         if model_type == "transformer":
             raise Unsupported("MarianMTModel has all sines before all cosines, not the paper's alternating order")
         if checkpoint.config.get("reorder_and_upcast_attn") and checkpoint.dtype == torch.float64:
@@ -145,6 +158,46 @@ class EncoderDecoderSession:
         caches = (self.cache.self_attention_cache, self.cache.cross_attention_cache)
         held = [t for cache in caches for layer in cache.layers for t in (layer.keys, layer.values)]
         return sum(t.numel() * t.element_size() for t in [self.encoded.last_hidden_state, *held])
+
+
+class TransformerXLModel(torch.nn.Module):
+    """A memory of earlier segments, which begins empty: without `mems` the library would make one of zero vectors."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.parameters = dict(model.named_parameters())  # type: ignore[assignment]
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        returned = self.model(input_ids, mems=self.empty_memory(len(input_ids)))
+        if labels is None:
+            return returned.logits
+        # With labels it returns no logits.
+        loss = self.model(input_ids, mems=self.empty_memory(len(input_ids)), labels=labels).loss
+        return {"logits": returned.logits, "loss": loss}
+
+    def empty_memory(self, batch: int) -> list[Tensor]:
+        parameter = next(self.model.parameters())
+        return [parameter.new_zeros(0, batch, self.model.config.d_model)] * self.model.config.n_layer
+
+    def session(self) -> "TransformerXLSession":
+        return TransformerXLSession(self)
+
+
+class TransformerXLSession:
+    """The library's own memory, handed from segment to segment."""
+
+    def __init__(self, model: TransformerXLModel):
+        self.model = model
+        self.memory: list[Tensor] = []
+
+    def feed(self, input_ids: Tensor) -> Tensor:
+        returned = self.model.model(input_ids, mems=self.memory or self.model.empty_memory(len(input_ids)))
+        self.memory = returned.mems
+        return returned.logits  # type: ignore[no-any-return]
+
+    def state_bytes(self) -> int:
+        return sum(layer.numel() * layer.element_size() for layer in self.memory)
 
 
 def by_hub_name(model: Any) -> dict[str, torch.nn.Parameter]:
