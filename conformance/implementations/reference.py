@@ -34,6 +34,10 @@ class Reference:
 
         if name := checkpoint.config.get("component"):
             return self._component(name, checkpoint)
+        if "tokenizer" in checkpoint.config:
+            from reference_impl.tokenizer import load_tokenizer
+
+            return load_tokenizer(checkpoint.path)
         return adapted(
             load_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device, attention=self.attention)
         )
@@ -145,6 +149,15 @@ def auxiliary_losses(
     with TrueDouble(), torch.no_grad():
         returned = adapted(build(config, weights))(input_ids, labels=labels, **optional)
     return {name: value for name, value in returned.items() if name not in ("logits", "loss")}
+
+
+def tokenizer(config: "Config", files: dict[str, bytes]) -> Any:
+    """The reference's tokenizer of these files."""
+    from conformance.implementation import Checkpoint
+
+    return Reference("eager").load(
+        Checkpoint({"tokenizer": "", **config}, {}, torch.float32, torch.device("cpu"), files)
+    )
 
 
 def component(family: "Component", tensors: dict[str, Tensor], settings: "Config") -> dict[str, Tensor]:

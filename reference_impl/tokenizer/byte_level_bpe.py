@@ -1,7 +1,8 @@
 """GPT-2's byte-level byte-pair encoding (Radford et al. 2019, section 2.2).
 
     1. the text is cut into words by a pattern; merges never cross their borders
-    2. the UTF-8 bytes of a word, each written as one printable character, are merged by rank, of equal ones the leftmost
+    2. the UTF-8 bytes of a word, each written as one printable character, are merged: the pair of the best rank first,
+       of equal ones the leftmost
 
 " café" → "Ġ", "c", "a", "f", "Ã", "©" → merges.
 
@@ -122,7 +123,7 @@ class ByteLevelBPE:
         """Decodes token by token: `feed(id)` and, after the last one, `finish()` return the text that is complete."""
         return IncrementalDecoder(self._surface, MAXIMAL_SUBPARTS)
 
-    def _surface(self, token_id: int, first: bool) -> bytes | None:
+    def _surface(self, token_id: int, first: bool) -> bytes:
         if token_id not in self._surfaces:
             raise ValueError(f"id {token_id} is not in the vocabulary of {self.vocab_size} tokens")
         return self._surfaces[token_id]
@@ -141,11 +142,11 @@ class ByteLevelBPE:
             self._kept[word] = tuple(self.vocabulary.tokens[symbol] for symbol in merge(spelt, self._rank))
         return self._kept[word]
 
-    def _bytes_by_id(self) -> dict[int, bytes | None]:
-        """The bytes of every id: of special tokens None, of added tokens their own, of the rest what they spell."""
+    def _bytes_by_id(self) -> dict[int, bytes]:
+        """The bytes of every id: of special tokens none, of added tokens their own, of the rest what they spell."""
         vocabulary, byte_of = self.vocabulary, {c: byte for byte, c in enumerate(self._characters)}
-        found: dict[int, bytes | None] = {i: text.encode() for text, i in vocabulary.added.items()}
-        found |= dict.fromkeys(vocabulary.specials.values())
+        found = {i: text.encode() for text, i in vocabulary.added.items()}
+        found |= dict.fromkeys(vocabulary.specials.values(), b"")
         for token, i in vocabulary.tokens.items():
             if token in vocabulary.specials or token in vocabulary.added:
                 continue

@@ -1,7 +1,7 @@
 """Reads tokenizers from checkpoint directories: tokenizer.model, tokenizer.json, or vocab.json with merges.txt.
 
-tokenizer_config.json, where there is one, says which tokens go around a text (`add_bos_token`, `add_eos_token`) and, for
-tokenizer.model, whether parts of a text behind a special token get the dummy prefix too (`legacy`).
+tokenizer_config.json, where there is one, says which tokens go around a text (`add_bos_token`, `add_eos_token`; of
+tokenizer.json its post-processor does) and, for tokenizer.model, whether parts of a text behind a special token get the dummy prefix too (`legacy`).
 """
 
 import json
@@ -144,7 +144,8 @@ def _from_json(directory: Path) -> SentencePieceBPE | ByteLevelBPE:
             return ByteLevelBPE(byte_level(content))
         return SentencePieceBPE(sentencepiece(content))
     except (KeyError, TypeError, AttributeError) as error:
-        raise TokenizerError(directory / JSON, f"not in the library's format ({type(error).__name__}: {error})") from error
+        fault = f"not in the library's format ({type(error).__name__}: {error})"
+        raise TokenizerError(directory / JSON, fault) from error
 
 
 # --- vocab.json and merges.txt

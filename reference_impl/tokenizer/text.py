@@ -9,7 +9,8 @@ _BROKEN = re.compile("[\udc80-\udcff]")
 _BROKEN_BYTES = "surrogateescape"
 # The reading of U+FFFD for each longest piece of a broken character (Unicode, section 3.9, "maximal subparts").
 MAXIMAL_SUBPARTS = "replace"
-# id of a token, whether it is the first one with a text -> its bytes; None: it has no text.
+# id of a token, whether it is the first one with a text -> its bytes; None: it has none, and no character goes on
+# behind it.
 Surface = Callable[[int, bool], bytes | None]
 
 
@@ -58,7 +59,7 @@ class IncrementalDecoder:
         """The text that this token completes."""
         data = self._surface(token_id, self._first)
         if data is None:
-            return ""
+            return self.finish()
         self._first = False
         return self._marked(self._decoder.decode(data))
 

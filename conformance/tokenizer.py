@@ -1,0 +1,123 @@
+"""A candidate for a tokenizer: what `load(checkpoint)` returns has `encode` and `decode`.
+
+    def load(checkpoint):            # .path holds the tokenizer's files, .config is config.json
+        return tokenizer
+    tokenizer.encode(text) -> ids    # the text alone: nothing around it, and what looks like a special token is text
+    tokenizer.decode(ids) -> text    # special tokens have no text
+
+Optional, each declared by its presence:
+
+    encode(text, add_special_tokens=False)   True: with the begin and end tokens that the files ask for
+    encode(text, parse_special=False)        True: special tokens are found in the text, as in a prompt put together
+    tokenizer.decoder() -> d                 decodes as ids come: d.feed(id) -> text that is complete now;
+                                             d.finish() -> the rest
+    decode(ids, skip_special_tokens=…)       is passed True, if `decode` names it
+"""
+
+import inspect
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from conformance.implementation import Checkpoint, Implementation, Misbehaviour, Unsupported, running
+
+if TYPE_CHECKING:
+    from conformance.cases import Case
+
+# What ends a text and a row of ids in a tensor: neither UTF-8 nor a vocabulary has it.
+END_OF_TEXT, END_OF_ROW = 0xFF, -1
+# Told to `encode` explicitly where it names them.
+ENCODE_OPTIONS = ("add_special_tokens", "parse_special")
+
+
+def pack_texts(texts: Iterable[str]) -> Tensor:
+    """Texts as one tensor of bytes."""
+    data = b"".join(text.encode() + bytes([END_OF_TEXT]) for text in texts)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+
+
+def unpack_texts(packed: Tensor) -> list[str]:
+    return [text.decode() for text in packed.numpy().tobytes().split(bytes([END_OF_TEXT]))[:-1]]
+
+
+def pack_rows(rows: Iterable[list[int]]) -> Tensor:
+    """Rows of ids below 32,768 as one tensor."""
+    return torch.tensor([i for row in rows for i in (*row, END_OF_ROW)], dtype=torch.int16)
+
+
+def unpack_rows(packed: Tensor) -> list[list[int]]:
+    rows: list[list[int]] = [[]]
+    for i in packed.tolist():
+        if i == END_OF_ROW:
+            rows.append([])
+        else:
+            rows[-1].append(i)
+    return rows[:-1]
+
+
+class TokenizerCandidate:
+    """A tokenizer behind the contract: passes what is declared, checks the kind of what comes back.
+
+    calls: how often it has been asked for something.
+    """
+
+    def __init__(self, implementation: Implementation, case: "Case"):
+        self.calls = 0
+        self.checkpoint = Checkpoint(case.config, {}, torch.float32, torch.device("cpu"), case.files)
+        with running("load(checkpoint)"):
+            self.tokenizer = implementation.load(self.checkpoint)
+        for method in ("encode", "decode"):
+            if not callable(getattr(self.tokenizer, method, None)):
+                raise Misbehaviour("type", f"load returned a {type(self.tokenizer).__name__} without {method}(…)")
+
+    def encode(self, text: str, **wanted: bool) -> list[int]:
+        """The ids of a text.  Raises: Unsupported if `encode` does not name an option that is wanted."""
+        self.calls += 1
+        declared = _named(self.tokenizer.encode)
+        if missing := [option for option in wanted if option not in declared]:
+            raise Unsupported(f"encode takes no {missing[0]}")
+        options = {option: wanted.get(option, False) for option in ENCODE_OPTIONS if option in declared}
+        with running(f"encode({_shown(text)})"):
+            return _ids(self.tokenizer.encode(text, **options))
+
+    def decode(self, ids: list[int]) -> str:
+        self.calls += 1
+        options = {"skip_special_tokens": True} if "skip_special_tokens" in _named(self.tokenizer.decode) else {}
+        with running(f"decode({_shown(ids)})"):
+            return _text(self.tokenizer.decode(list(ids), **options), "decode")
+
+    def stream(self, ids: list[int]) -> list[str]:
+        """What an incremental decoder gives after each id, and at the end.  Raises: Unsupported if there is none."""
+        self.calls += 1
+        if not hasattr(self.tokenizer, "decoder"):
+            raise Unsupported("the tokenizer has no decoder()")
+        with running(f"decoder(), fed {_shown(ids)}"):
+            decoder = self.tokenizer.decoder()
+            return [*(_text(decoder.feed(i), "feed") for i in ids), _text(decoder.finish(), "finish")]
+
+
+def _named(method: Any) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(method).parameters)
+    except (TypeError, ValueError):
+        return frozenset()
+
+
+def _ids(returned: Any) -> list[int]:
+    ids = returned.tolist() if hasattr(returned, "tolist") else returned
+    if not isinstance(ids, list | tuple) or not all(type(i) is int for i in ids):
+        raise Misbehaviour("type", f"encode returned {_shown(returned)}, wanted a list of integers")
+    return list(ids)
+
+
+def _text(returned: Any, method: str) -> str:
+    if not isinstance(returned, str):
+        raise Misbehaviour("type", f"{method} returned {_shown(returned)}, wanted a str")
+    return returned
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
