@@ -10,23 +10,24 @@ than Unicode 12; round trips do, which no class of characters changes.
 from typing import Any
 
 from conformance.families import Config, ConfigField, Tokenizer, TokenizerRecipe
-from conformance.families.texts import ALL, RUNS, SPACES, drawn
+from conformance.families.texts import CONTROLS, LOOKALIKES, RUNS, SCRIPTS, SPACES, WORDS, drawn
 from conformance.implementation import EXACT
 
 SPECIAL = "<|endoftext|>"
 _PLAIN: Config = {"model_type": "gpt2", "add_prefix_space": False, "bos_token": SPECIAL, "eos_token": SPECIAL}
 _ALPHABET = (
-    " ", "  ", "a", "b", "aa", "the", "re", "ing", "on", "an", "na", "é", "e\u0301", "你", "吗", "🙂", "0", "10", "==", "\n",
-    "\t", "'s", "'ll", "'", SPECIAL, ".", "\u00a0", "\x00", "Ж", "other", "²", "\x1c", "\u0085", "\u3000", "_", "'S",
+    " ", "  ", "a", "b", "aa", "the", "re", "ing", "on", "an", "na", "é", "e\u0301", "你", "吗", "🙂", "0", "10", "==",
+    "\n", "\t", "'s", "'ll", "'", SPECIAL, ".", "\u00a0", "\x00", "Ж", "other", "²", "\x1c", "\u0085", "\u3000",
+    "_", "'S",
 )  # fmt: skip
 _SPECIAL = (
-    SPECIAL, f"{SPECIAL}the", f"the{SPECIAL}", f"the {SPECIAL} the", f"{SPECIAL}{SPECIAL}", f"a{SPECIAL}b{SPECIAL}", "<|endoftext|",
-    f" {SPECIAL}\n", f"the  {SPECIAL}  the",
+    SPECIAL, f"{SPECIAL}the", f"the{SPECIAL}", f"the {SPECIAL} the", f"{SPECIAL}{SPECIAL}", f"a{SPECIAL}b{SPECIAL}",
+    "<|endoftext|", f" {SPECIAL}\n", f"the  {SPECIAL}  the",
 )  # fmt: skip
 # Bytes in the characters that stand for them: E4 BD A0 is ä ½ ł, F0 9F 99 82 is ð Ł Ļ Ĥ.
 _DECODED = (
-    (SPECIAL, "t", SPECIAL), ("ä", "½", "ł"), ("a", "ä", "½", "ł", "b"), ("Ġ", "ð", "Ł", "Ļ", "Ĥ", "a"), ("Ā", "Ċ"), (SPECIAL,),
-    ("ä", "½", SPECIAL, "ł"), ("Ġ", "Ġ", "a"),
+    (SPECIAL, "t", SPECIAL), ("ä", "½", "ł"), ("a", "ä", "½", "ł", "b"), ("Ġ", "ð", "Ł", "Ļ", "Ĥ", "a"), ("Ā", "Ċ"),
+    (SPECIAL,), ("ä", "½", SPECIAL, "ł"), ("Ġ", "Ġ", "a"),
 )  # fmt: skip
 _INVALID = (
     ("ÿ",), ("a", "ÿ", "a"), ("ä", "½"), ("ä", "½", "a"), ("½", "ł", "a"), ("ä", "½", "ł", "ÿ"), ("ÿ", "ä", "½", "ł"),
@@ -73,18 +74,19 @@ FAMILY = Tokenizer(
         TokenizerRecipe(
             name="byte_level_bpe/plain", summary="GPT-2's layout: bytes, merges, <|endoftext|>", settings=_PLAIN,
             vocabulary="plain",
-            texts={"encode": (*ALL, *drawn("byte_level_bpe/plain", _ALPHABET, 100)), "special_tokens": _SPECIAL,
-                   "runs": RUNS},
+            texts={"encode": (*WORDS, *SCRIPTS, *CONTROLS, *LOOKALIKES, *drawn("byte_level_bpe/plain", _ALPHABET, 100)),
+                   "spaces": SPACES, "special_tokens": _SPECIAL, "runs": RUNS},
             tokens={"decode": _DECODED, "invalid_bytes": _INVALID},
-            claims=_claims("encode", "special_tokens", "runs", "decode", "invalid_bytes", "round_trip", "incremental",
-                           "streaming"),
+            claims=_claims("encode", "spaces", "special_tokens", "runs", "decode", "invalid_bytes", "round_trip",
+                           "incremental", "streaming"),
         ),
         TokenizerRecipe(
             name="byte_level_bpe/added-tokens", summary="Phi's layout: runs of spaces and tabs as added tokens",
             settings=_PLAIN | {"model_type": "phi"}, vocabulary="spaces",
-            texts={"encode": (*SPACES, *RUNS[:-1], *drawn("byte_level_bpe/spaces", _ALPHABET, 60)), "special_tokens": _SPECIAL},
+            texts={"encode": (*RUNS[:-1], *drawn("byte_level_bpe/spaces", _ALPHABET, 60)), "spaces": SPACES,
+                   "special_tokens": _SPECIAL},
             tokens={"decode": (*_DECODED, ("a", "    ", "a"), ("  ", "\t\t"))},
-            claims=_claims("encode", "special_tokens", "decode", "round_trip"),
+            claims=_claims("encode", "spaces", "special_tokens", "decode", "round_trip"),
         ),
         TokenizerRecipe(
             name="byte_level_bpe/field-add_prefix_space", summary="a space is put before a text that begins with none",
@@ -97,6 +99,6 @@ FAMILY = Tokenizer(
     files=files,
     truth=truth,
     fields=(
-        ConfigField(name="add_prefix_space", default="false", meaning="whether a space is put before a text that begins with none"),
+        ConfigField(name="add_prefix_space", default="false", meaning="whether a space is put before a text without"),
     ),
 )  # fmt: skip

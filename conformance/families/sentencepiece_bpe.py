@@ -36,15 +36,16 @@ _PLAIN: Config = {
     "eos_token": "</s>",
 }
 _ALPHABET = (
-    " ", "  ", "a", "b", "aa", "the", "re", "ing", "on", "an", "na", "é", "e\u0301", "你", "吗", "🙂", "0", "10", "==", "\n",
-    "\t", "▁", "<s>", "<0x0A>", "[INST]", ".", "'s", "\x00", "Ж", "other",
+    " ", "  ", "a", "b", "aa", "the", "re", "ing", "on", "an", "na", "é", "e\u0301", "你", "吗", "🙂", "0", "10", "==",
+    "\n", "\t", "▁", "<s>", "<0x0A>", "[INST]", ".", "'s", "\x00", "Ж", "other",
 )  # fmt: skip
 _SPECIAL = (
-    "<s>", "</s>", "<s>the", "<s> the", "the<s>", "the</s>the", "the </s> the", "<s><s>", "<s></s>the", "<s", "the <s> the",
-    "<s>the quick</s><s>brown", "\n<s>\n", "<0x0A><s><0x0A>", "<s>a</s> b </s>c",
+    "<s>", "</s>", "<s>the", "<s> the", "the<s>", "the</s>the", "the </s> the", "<s><s>", "<s></s>the", "<s",
+    "the <s> the", "<s>the quick</s><s>brown", "\n<s>\n", "<0x0A><s><0x0A>", "<s>a</s> b </s>c",
 )  # fmt: skip
 _INSTRUCTIONS = (
-    "[INST] the [/INST] quick", "<s>[INST]the[/INST]quick</s>", "[INST]]the", "[[INST]", "[INST", "[INST]x[INST]]x", " [INST] ",
+    "[INST] the [/INST] quick", "<s>[INST]the[/INST]quick</s>", "[INST]]the", "[[INST]", "[INST",
+    "[INST]x[INST]]x", " [INST] ",
 )  # fmt: skip
 _DECODED = (
     ("<s>", "▁the", "</s>"), ("▁the", "<s>", "▁the"), ("▁the", "</s>", "<s>", "▁the", "▁"), ("<s>", "<s>", "▁", "▁"),
@@ -57,9 +58,9 @@ _INVALID = (
     ("<0xED>", "<0xA0>", "<0x80>"), ("<0xF4>", "<0x90>", "<0x80>", "<0x80>"), ("<0xF0>", "<0x9F>", "<0x99>", "a"),
     ("<0xE4>", "<0xE4>", "<0xBD>", "<0xA0>"), ("<0xE4>", "<0xBD>", "<s>", "<0xA0>"),
 )  # fmt: skip
-_AROUND = ("", "the", " the", "<s>", "你好吗")
+_AROUND = ("", "the", "<s>", "你好吗")
 # A recipe that claims little is encoded with these.
-_FEW = ("the quick", " the", "  the", "a", "", " ", "你好吗 the", "the  the")
+_FEW = ("the quick", "a", "", "你好吗 the", "the  the", "the <s> the")
 
 
 def files(vocabulary: str, settings: Config) -> dict[str, bytes]:
@@ -94,6 +95,13 @@ def _claims(*checks: str) -> dict[str, tuple[str, ...]]:
     return {f"tokenizer.{check}": (EXACT,) for check in checks}
 
 
+def _texts(label: str, count: int) -> dict[str, tuple[str, ...]]:
+    """All texts and some drawn ones; those that begin with a space, where the dummy prefix is lost, by themselves."""
+    everything = (*WORDS, *SPACES, *LOOKALIKES, *drawn(label, _ALPHABET, count))
+    spaced = tuple(text for text in everything if text.startswith((" ", "▁")))
+    return {"encode": tuple(text for text in everything if text not in spaced), "spaces": spaced}
+
+
 def _field(name: str, summary: str, value: Any, checks: tuple[str, ...], vocabulary: str = "plain", **more: Any) -> Any:
     settings = _PLAIN | {name: value}
     return TokenizerRecipe(
@@ -102,13 +110,13 @@ def _field(name: str, summary: str, value: Any, checks: tuple[str, ...], vocabul
     )  # fmt: skip
 
 
-_EVERYTHING = _claims("encode", "special_tokens", "begin_and_end", "byte_fallback", "runs", "decode", "invalid_bytes",
-                      "round_trip", "incremental", "streaming")  # fmt: skip
+_EVERYTHING = _claims("encode", "spaces", "special_tokens", "begin_and_end", "byte_fallback", "runs", "decode",
+                      "invalid_bytes", "round_trip", "incremental", "streaming")  # fmt: skip
 
 FAMILY = Tokenizer(
     name="sentencepiece_bpe",
     title="SentencePiece's BPE with byte fallback",
-    paper="Kudo and Richardson 2018, arXiv:1808.06226; byte fallback: Touvron et al. 2023, arXiv:2302.13971, section 2.1",
+    paper="Kudo and Richardson 2018, arXiv:1808.06226; Touvron et al. 2023, arXiv:2302.13971, section 2.1",
     rules="""
     encode   every space becomes "▁", and one more "▁", the dummy prefix, goes in front (not of the empty text)
              the whole text is merged: of all neighbours whose union is a piece, the one with the highest score first,
@@ -116,47 +124,47 @@ FAMILY = Tokenizer(
              a character that is no piece becomes the pieces <0xNN> of its UTF-8 bytes; without byte pieces, a run of
              such characters becomes one <unk>
              user-defined pieces are found first and stay whole; control pieces are never found in text ...
-    special  ... but with parse_special, where each part in between gets a dummy prefix of its own (legacy: true), or only
-             a part at the very start does (legacy: false)
-    decode   control pieces have no text; "▁" becomes a space, and the dummy prefix is taken off the first piece; bytes
-             become characters, and each that belongs to none U+FFFD
+    special  ... but with parse_special, where each part in between gets a dummy prefix of its own (legacy: true), or
+             only a part at the very start does (legacy: false)
+    decode   control pieces have no text; "▁" becomes a space, and the dummy prefix is taken off the first piece;
+             bytes become characters, and each that belongs to none U+FFFD
 """,
-    oracle="the `sentencepiece` package on tokenizer.model; `tokenizers` on tokenizer.json agrees where nothing is disputed",
+    oracle="the `sentencepiece` package on tokenizer.model",
     recipes=(
         TokenizerRecipe(
             name="sentencepiece_bpe/plain", summary="bytes at ids 3 to 258, then pieces in the order of their scores",
             settings=_PLAIN, vocabulary="plain", claims=_EVERYTHING,
             texts={
-                "encode": (*WORDS, *SPACES, *LOOKALIKES, *drawn("sentencepiece_bpe/plain", _ALPHABET, 100)), "special_tokens": _SPECIAL,
-                "begin_and_end": _AROUND, "byte_fallback": (*SCRIPTS, *CONTROLS), "runs": RUNS,
+                **_texts("sentencepiece_bpe/plain", 100), "special_tokens": _SPECIAL, "begin_and_end": _AROUND,
+                "byte_fallback": (*SCRIPTS, *CONTROLS), "runs": RUNS,
             },
             tokens={"decode": _DECODED, "invalid_bytes": _INVALID}, disputed=frozenset({"invalid_bytes"}),
         ),
         TokenizerRecipe(
-            name="sentencepiece_bpe/distinct", summary="ids in no order, bytes and special tokens anywhere, more of these",
+            name="sentencepiece_bpe/distinct", summary="ids in no order, bytes and special tokens anywhere",
             settings=_PLAIN, vocabulary="shuffled", claims=_EVERYTHING,
             texts={
-                "encode": (*WORDS, *SPACES, *LOOKALIKES, *drawn("sentencepiece_bpe/distinct", _ALPHABET, 60)),
-                "special_tokens": (*_SPECIAL, *_INSTRUCTIONS), "begin_and_end": _AROUND,
-                "byte_fallback": (*SCRIPTS, *CONTROLS), "runs": RUNS,
+                **_texts("sentencepiece_bpe/distinct", 60), "special_tokens": (*_SPECIAL, *_INSTRUCTIONS),
+                "begin_and_end": _AROUND, "byte_fallback": (*SCRIPTS, *CONTROLS), "runs": RUNS,
             },
             tokens={"decode": (*_DECODED, ("[INST]", "▁the", "[/INST]")), "invalid_bytes": _INVALID},
             disputed=frozenset({"invalid_bytes"}),
         ),
         TokenizerRecipe(
-            name="sentencepiece_bpe/user-defined", summary="pieces that a user has defined: found in any text, never split",
+            name="sentencepiece_bpe/user-defined", summary="pieces that a user has defined, found in any text",
             settings=_PLAIN, vocabulary="documents", claims=_claims("encode"), disputed=frozenset({"encode"}),
-            texts={"encode": ("[DOC_1]", "[DOC_1]x", " [DOC_1] x", "the[DOC_12]the", "[DOC_1][DOC_12]", "[DOC_", "the [DOC_1]2")},
+            texts={"encode": ("[DOC_1]", "[DOC_1]x", " [DOC_1] x", "the[DOC_12]the", "[DOC_1][DOC_12]", "[DOC_",
+                              "the [DOC_1]2")},
         ),
         _field("add_dummy_prefix", "nothing is put in front", False,
-               ("encode", "special_tokens", "decode", "round_trip", "incremental"),
-               texts={"encode": (*_FEW, *drawn("sentencepiece_bpe/no-prefix", _ALPHABET, 40)), "special_tokens": _SPECIAL},
+               ("encode", "spaces", "special_tokens", "decode", "round_trip", "incremental"),
+               texts={**_texts("sentencepiece_bpe/no-prefix", 40), "special_tokens": _SPECIAL},
                tokens={"decode": _DECODED}),
-        _field("byte_fallback", "no byte pieces: what is unknown is <unk>, a run of it one", False, ("encode",), "no_bytes",
-               texts={"encode": (*_FEW, *SCRIPTS, *CONTROLS)}),
-        _field("legacy", "after a special token there is no dummy prefix", False, ("encode", "special_tokens"),
-               texts={"encode": (" the", "  the", " ", "▁the"), "special_tokens": _SPECIAL},
-               disputed=frozenset({"encode"})),
+        _field("byte_fallback", "no byte pieces: what is unknown is <unk>, a run of it one", False, ("encode",),
+               "no_bytes", texts={"encode": (*_FEW, *SCRIPTS, *CONTROLS)}),
+        _field("legacy", "no dummy prefix after a special token", False, ("encode", "spaces", "special_tokens"),
+               texts={"encode": _FEW, "spaces": (" the", "  the", " ", "▁the"), "special_tokens": _SPECIAL},
+               disputed=frozenset({"spaces"})),
         _field("add_bos_token", "no begin token", False, ("encode", "begin_and_end"),
                texts={"encode": _FEW, "begin_and_end": _AROUND}),
         _field("add_eos_token", "an end token too", True, ("encode", "begin_and_end"),
@@ -168,7 +176,7 @@ FAMILY = Tokenizer(
     fields=(
         ConfigField(name="add_dummy_prefix", default="true", meaning="whether a space is put in front of every text"),
         ConfigField(name="byte_fallback", default="true", meaning="whether the vocabulary has pieces of bytes"),
-        ConfigField(name="legacy", default="true", meaning="whether text behind a special token gets a dummy prefix too"),
+        ConfigField(name="legacy", default="true", meaning="whether text behind a special token gets the prefix too"),
         ConfigField(name="add_bos_token", default="true", meaning="whether bos_token goes before a text"),
         ConfigField(name="add_eos_token", default="false", meaning="whether eos_token goes after a text"),
     ),

@@ -11,7 +11,8 @@ WORDS: Texts = (
     "thethethe", "otherthere", "in the end, the beginning.", "hello world", "x", "zzz", "it's what they'll say",
     "I'm sure we're here and he'd know you've", "IT'S WE'LL", "it 's they 'll", "don't 'tis ''s '", "a'b'c",
     "a == b", "x!=y", "...", "---", "--- --", "a.b.c", "(10)", "100", "2024 100 3.14 1,000", "10 20 30", "a1b2c3",
-    "total += values[i] ** 2", "    for i in range(10):\n        total\n", "https://example.org/a?b=c&d=%20", "<s", "_a_b_",
+    "total += values[i] ** 2", "    for i in range(10):\n        total\n", "https://example.org/a?b=c&d=%20",
+    "<s", "_a_b_",
 )  # fmt: skip
 SPACES: Texts = (
     " ", "  ", "   ", " a", "  a", "   a", "a ", "a  ", "a  b", "a   b    c", " the  the ", "the\tthe", "\tthe", "\n",
@@ -20,16 +21,17 @@ SPACES: Texts = (
 )  # fmt: skip
 SCRIPTS: Texts = (
     "Straße", "naïve café", "déjà vu", "e\u0301te\u0301", "été", "\u0301", "a\u0301\u0323b", "n\u0303", "ẞ ß ſ",
-    "Привет, мир", "Здравствуйте", "你好，世界。", "你好吗", "日本語のテキスト", "한국어", "שלום עולם", "مرحبا ١٢٣", "हिन्दी १२३", "ไทย",
-    "²³ ½ Ⅷ ①", "🙂", "a🙂b", "👩\u200d👩\u200d👧", "🇩🇪", "👍🏽", "ﬁ ﬀ", "Ａ１", "…—–", "€ £ ¥", "\U0001d400", "\U00020000",
-    "\U0010ffff", "\ufffd", "\ue000", "a\U000e0041b",
+    "Привет, мир", "Здравствуйте", "你好，世界。", "你好吗", "日本語のテキスト", "한국어", "שלום עולם",
+    "مرحبا ١٢٣", "हिन्दी १२३", "ไทย",
+    "²³ ½ Ⅷ ①", "🙂", "a🙂b", "👩\u200d👩\u200d👧", "🇩🇪", "👍🏽", "ﬁ ﬀ", "Ａ１", "…—–", "€ £ ¥", "\U0001d400",
+    "\U00020000", "\U0010ffff", "\ufffd", "\ue000", "a\U000e0041b",
 )  # fmt: skip
 CONTROLS: Texts = ("\x00", "a\x00b", "\x00\x00", "\x01\x1f", "a\x1cb", "\x7f", "\x80", "\x9f", "\u200e\u200f")
 # Text that looks like a token of either kind of tokenizer, and is none.
 LOOKALIKES: Texts = (
-    "<s>", "</s>", "<unk>", "a<s>b", "<s> the </s>", "<0x0A>", "<0x41>", "a<0x41>", "<0xE4><0xBD><0xA0>", "<0x", "0x0A>",
-    "▁", "▁the", "the▁the", "▁▁", " ▁ ", "Ġ", "Ġthe", "the Ġ", "Ċ", "<|endoftext|>", "a<|endoftext|>b", "[INST]",
-    "[INST] the [/INST]", "##the", "the</w>",
+    "<s>", "</s>", "<unk>", "a<s>b", "<s> the </s>", "<0x0A>", "<0x41>", "a<0x41>", "<0xE4><0xBD><0xA0>", "<0x",
+    "0x0A>", "▁", "▁the", "the▁the", "▁▁", " ▁ ", "Ġ", "Ġthe", "the Ġ", "Ċ", "<|endoftext|>", "a<|endoftext|>b",
+    "[INST]", "[INST] the [/INST]", "##the", "the</w>",
 )  # fmt: skip
 RUNS: Texts = (
     *("a" * n for n in (*range(2, 20), 31, 64, 100)), *(" " * n for n in (*range(4, 20), 31, 100)),
@@ -37,8 +39,6 @@ RUNS: Texts = (
     "bab" * 4, "abbaabba", "=" * 7, "-" * 12, "." * 9, "1" * 12, "the" * 6, "na" * 9, "你" * 5, "\n" * 6, "z" * 9,
     "a" * 7 + " " * 7 + "a" * 7, "   a    a     a", "a" * 10_000,
 )  # fmt: skip
-
-ALL: Texts = (*WORDS, *SPACES, *SCRIPTS, *CONTROLS, *LOOKALIKES)
 
 
 def drawn(label: str, alphabet: Sequence[str], count: int) -> Texts:

@@ -1,6 +1,5 @@
 """What a golden case of a tokenizer holds, derived from its recipe and the oracle."""
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,9 +53,10 @@ def _encoded(tokenizer: Any, group: str, text: str) -> list[int]:
 
 
 def _rows(recipe: TokenizerRecipe, truth: Any, tokens: Iterable[tuple[str, ...]], with_texts: bool) -> list[list[int]]:
-    """The rows of ids to decode: as named; and of the texts that are encoded, in turn whole and without their first id."""
+    """The rows of ids to decode: as named; and of the encoded texts, in turn whole and without the first id."""
     rows = [[truth.id_of(token) for token in row] for row in tokens]
-    for index, text in enumerate((*recipe.texts["encode"], *recipe.texts.get("byte_fallback", ())) if with_texts else ()):
+    texts = [text for group in ("encode", "spaces", "byte_fallback") for text in recipe.texts.get(group, ())]
+    for index, text in enumerate(texts if with_texts else ()):
         row = truth.encode(text)[index % 2 :]
         if row not in rows and REPLACEMENT not in truth.decode(row):
             rows.append(row)
@@ -66,7 +66,12 @@ def _rows(recipe: TokenizerRecipe, truth: Any, tokens: Iterable[tuple[str, ...]]
 def _out_after_each(truth: Any, row: list[int]) -> list[int]:
     """How many characters are certain after each id, and at the end."""
     whole = truth.decode(row)
-    return [len(os.path.commonprefix([whole, truth.decode(row[: n + 1])])) for n in range(len(row))] + [len(whole)]
+    return [_in_common(whole, truth.decode(row[: n + 1])) for n in range(len(row))] + [len(whole)]
+
+
+def _in_common(whole: str, text: str) -> int:
+    """How many first characters of two texts are equal."""
+    return next((i for i, (a, b) in enumerate(zip(whole, text, strict=False)) if a != b), min(len(whole), len(text)))
 
 
 def _agree(recipe: TokenizerRecipe, group: str, name: str, given: Any, theirs: list[Any], wanted: list[Any]) -> str:

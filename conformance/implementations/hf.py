@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conformance.families import TOKENIZERS
 from conformance.implementation import Unsupported
 
 # Families whose model the installed transformers has, and those of them that it has no SDPA kernel for.
@@ -26,7 +27,7 @@ class HuggingFaceModels:
 
     def __init__(self, attention: str):
         self.attention = attention
-        self.families = HUB_FAMILIES if attention == "eager" else HUB_FAMILIES - EAGER_ONLY
+        self.families = HUB_FAMILIES | {*TOKENIZERS} if attention == "eager" else HUB_FAMILIES - EAGER_ONLY
 
     @property
     def name(self) -> str:
@@ -34,7 +35,9 @@ class HuggingFaceModels:
 
         return f"transformers {version('transformers')}, {self.attention}"
 
-    def load(self, checkpoint: Any) -> "Model":
+    def load(self, checkpoint: Any) -> "Model | EncoderDecoderModel | Tokenizer":
+        if "tokenizer" in checkpoint.config:
+            return Tokenizer(checkpoint.path)
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
         from transformers.utils import logging
 
@@ -135,6 +138,46 @@ class EncoderDecoderSession:
         caches = (self.cache.self_attention_cache, self.cache.cross_attention_cache)
         held = [t for cache in caches for layer in cache.layers for t in (layer.keys, layer.values)]
         return sum(t.numel() * t.element_size() for t in [self.encoded.last_hidden_state, *held])
+
+
+class Tokenizer:
+    """`AutoTokenizer.from_pretrained`, which builds the class that tokenizer_config.json names."""
+
+    def __init__(self, path: Any):
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def encode(self, text: str, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+        return self.tokenizer.encode(  # type: ignore[no-any-return]
+            text, add_special_tokens=add_special_tokens, split_special_tokens=not parse_special
+        )
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]
+
+    def decoder(self) -> "TokenStream":
+        return TokenStream(self.tokenizer)
+
+
+class TokenStream:
+    """The `tokenizers` library's DecodeStream; what it still holds at the end is what it has not given of the whole."""
+
+    def __init__(self, tokenizer: Any):
+        from tokenizers.decoders import DecodeStream
+
+        self.tokenizer, self.stream = tokenizer, DecodeStream(skip_special_tokens=True)
+        self.ids: list[int] = []
+        self.given = ""
+
+    def feed(self, token_id: int) -> str:
+        self.ids.append(token_id)
+        text = self.stream.step(self.tokenizer.backend_tokenizer, token_id) or ""
+        self.given += text
+        return text
+
+    def finish(self) -> str:
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)[len(self.given) :]  # type: ignore[no-any-return]
 
 
 def by_hub_name(model: Any) -> dict[str, torch.nn.Parameter]:

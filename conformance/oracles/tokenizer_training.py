@@ -98,7 +98,7 @@ def _model(pieces: Sequence[Piece], settings: Config) -> bytes:
     normalizer.name, normalizer.precompiled_charsmap = "identity", b""
     normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = settings["add_dummy_prefix"], False
     normalizer.escape_whitespaces = True
-    return model.SerializeToString(deterministic=True)
+    return bytes(model.SerializeToString(deterministic=True))
 
 
 def _sentencepiece_json(pieces: Sequence[Piece], settings: Config) -> dict[str, Any]:
@@ -115,7 +115,8 @@ def _sentencepiece_json(pieces: Sequence[Piece], settings: Config) -> dict[str, 
         "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": any(p.kind == "BYTE" for p in pieces),
         "ignore_merges": False, "vocab": ids, "merges": [list(pair) for pair in _merges(pieces)],
     }  # fmt: skip
-    return _document(listed, normalizer, before, _template(ids, settings), {"type": "Sequence", "decoders": back}, model)
+    decoder = {"type": "Sequence", "decoders": back}
+    return _document(listed, normalizer, before, _template(ids, settings), decoder, model)
 
 
 def _spaces(settings: Config) -> tuple[Any, Any]:
@@ -156,7 +157,8 @@ def _sentencepiece_config(pieces: Sequence[Piece], settings: Config) -> dict[str
     own = {str(i): _added(p.text, False) for i, p in enumerate(pieces) if p.kind == "USER_DEFINED"}
     stated = {key: settings[key] for key in ("legacy", "add_bos_token", "add_eos_token", "bos_token", "eos_token")}
     return {
-        "tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", **stated, "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", **stated,
+        "add_prefix_space": settings["add_dummy_prefix"], "clean_up_tokenization_spaces": False,
         "spaces_between_special_tokens": False, "added_tokens_decoder": control | own,
     }  # fmt: skip
 

@@ -18,9 +18,14 @@ T = TypeVar("T", str, list[int])
 
 
 def test_encode(judge: "Judge") -> None:
-    """Every text has the oracle's ids: words, numbers, many scripts, combining marks, emoji, control characters, runs of
-    spaces, and what looks like a special token or a byte, which is text like any other."""
+    """Every text has the oracle's ids: words, numbers, punctuation, scripts, and what looks like a special token or a
+    byte, which is text like any other."""
     _encode(judge, "encode")
+
+
+def test_spaces(judge: "Judge") -> None:
+    """White space of every kind, alone, in runs and before a text, has the oracle's ids; none of it is lost."""
+    _encode(judge, "spaces")
 
 
 def test_special_tokens(judge: "Judge") -> None:
@@ -64,7 +69,8 @@ def test_round_trip(judge: "Judge") -> None:
     changed = str.maketrans(dict(get(judge.case.family).comes_back_as))
     texts = drawn_texts(judge.case.family, ROUND_TRIPS)
     wanted = [text.translate(changed) for text in texts]
-    _compare(judge, texts, [judge.candidate.decode(judge.candidate.encode(text)) for text in texts], wanted, "come back")
+    got = [judge.candidate.decode(judge.candidate.encode(text)) for text in texts]
+    _compare(judge, texts, got, wanted, "come back as they were")
 
 
 def test_incremental(judge: "Judge") -> None:
@@ -134,7 +140,7 @@ def _shown(value: Any) -> str:
 
 
 def drawn_texts(label: str, count: int) -> list[str]:
-    """Texts of up to 12 characters: half of each from the places where tokenizers go wrong, half from all of Unicode."""
+    """Texts of up to 12 characters: half from the places where tokenizers go wrong, half from all of Unicode."""
     from conformance.draws import integers
 
     places = (0x20, 0x7E), (0x20, 0x20), (0x61, 0x62), (0x00, 0x1F), (0x7F, 0x24F), (0x300, 0x36F), (0x2000, 0x2BFF)

@@ -1,7 +1,8 @@
 """Reads tokenizers from checkpoint directories: tokenizer.model, tokenizer.json, or vocab.json with merges.txt.
 
-tokenizer_config.json, where there is one, says which tokens go around a text (`add_bos_token`, `add_eos_token`; of
-tokenizer.json its post-processor does) and, for tokenizer.model, whether parts of a text behind a special token get the dummy prefix too (`legacy`).
+Beside tokenizer.model or vocab.json, tokenizer_config.json says which tokens go around a text (`add_bos_token`,
+`add_eos_token`), which are special or added (`added_tokens_decoder`), and whether text behind a special token gets the
+dummy prefix too (`legacy`). tokenizer.json says everything itself.
 """
 
 import json
@@ -48,23 +49,37 @@ def load_tokenizer(path: str | Path, file: str | None = None) -> SentencePieceBP
         raise
     except ValueError as error:
         raise TokenizerError(directory / chosen, str(error)) from error
+    except (KeyError, TypeError, AttributeError) as error:  # JSON of another shape
+        fault = f"it or {CONFIG} is not in the known format ({type(error).__name__}: {error})"
+        raise TokenizerError(directory / chosen, fault) from error
 
 
 def _config(directory: Path) -> dict[str, Any]:
     return _read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
 
 
-def _around(config: Mapping[str, Any], ids: Mapping[str, int], **default: bool) -> dict[str, tuple[int, ...]]:
-    """The ids before and after a text, as tokenizer_config.json says.  Raises: ValueError for an unknown token."""
-    found = {}
-    for where, key in (("begin", "bos"), ("end", "eos")):
-        token = config.get(f"{key}_token")
-        text = token["content"] if isinstance(token, Mapping) else token
-        wanted = config.get(f"add_{key}_token", default[key])
-        if wanted and text not in ids:
-            raise ValueError(f"add_{key}_token wants {key}_token={text!r}, which is not in the vocabulary")
-        found[where] = (ids[text],) if wanted else ()
-    return found
+def _around(config: Mapping[str, Any], ids: Mapping[str, int], key: str, default: bool) -> tuple[int, ...]:
+    """The ids of "bos", before a text, or "eos", after it, if tokenizer_config.json wants them.
+
+    Raises: ValueError for a token that is not in the vocabulary.
+    """
+    if not config.get(f"add_{key}_token", default):
+        return ()
+    text = _text_of(config.get(f"{key}_token"))
+    if text not in ids:
+        raise ValueError(f"add_{key}_token wants {key}_token={text!r}, which is not in the vocabulary")
+    return (ids[text],)
+
+
+def _text_of(token: Any) -> str:
+    """The text of a token that tokenizer_config.json gives as such, or with its properties."""
+    return str(token["content"] if isinstance(token, Mapping) else token)
+
+
+def _listed(config: Mapping[str, Any], *, special: bool) -> dict[str, int]:
+    """The special, or the other added tokens that tokenizer_config.json lists: text → id."""
+    listed = config.get("added_tokens_decoder", {})
+    return {entry["content"]: int(i) for i, entry in listed.items() if bool(entry.get("special")) == special}
 
 
 # --- tokenizer.model
@@ -99,18 +114,13 @@ def _from_model(directory: Path) -> SentencePieceBPE:
             pieces=pieces,
             kinds=[sentencepiece_bpe.Kind(piece.type) for piece in model.pieces],
             rank=sentencepiece_bpe.by_score(scores),
-            specials=_added(config, ids),
+            specials={text: i for text, i in _listed(config, special=True).items() if text in ids},
             prefix=prefix if model.normalizer_spec.add_dummy_prefix else "never",
             unknown_surface=model.trainer_spec.unk_surface,
-            **_around(config, ids, bos=True, eos=False),
+            begin=_around(config, ids, "bos", default=True),
+            end=_around(config, ids, "eos", default=False),
         )
     )
-
-
-def _added(config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
-    """Special tokens that only tokenizer_config.json knows to be special."""
-    listed = config.get("added_tokens_decoder", {})
-    return {entry["content"]: ids[entry["content"]] for entry in listed.values() if entry.get("content") in ids}
 
 
 def _require_supported(model: Any) -> None:
@@ -139,13 +149,9 @@ def _from_json(directory: Path) -> SentencePieceBPE | ByteLevelBPE:
     from reference_impl.tokenizer.tokenizer_json import byte_level, sentencepiece
 
     content = _read_json(directory / JSON)
-    try:
-        if (content.get("pre_tokenizer") or {}).get("type") == "ByteLevel":
-            return ByteLevelBPE(byte_level(content))
-        return SentencePieceBPE(sentencepiece(content))
-    except (KeyError, TypeError, AttributeError) as error:
-        fault = f"not in the library's format ({type(error).__name__}: {error})"
-        raise TokenizerError(directory / JSON, fault) from error
+    if (content.get("pre_tokenizer") or {}).get("type") == "ByteLevel":
+        return ByteLevelBPE(byte_level(content))
+    return SentencePieceBPE(sentencepiece(content))
 
 
 # --- vocab.json and merges.txt
@@ -157,15 +163,16 @@ def _from_vocab(directory: Path) -> ByteLevelBPE:
     if not all(type(i) is int and i >= 0 for i in tokens.values()):
         raise TokenizerError(directory / VOCAB, "every value must be an id, an integer from 0")
     config = _config(directory)
-    special = config.get("eos_token", "<|endoftext|>")
-    special = special["content"] if isinstance(special, Mapping) else special
+    special = _text_of(config.get("eos_token", "<|endoftext|>"))
     return ByteLevelBPE(
         byte_level_bpe.Vocabulary(
             tokens=tokens,
             merges=read_merges(directory / MERGES),
-            specials={special: tokens[special]} if special in tokens else {},
+            specials={**_listed(config, special=True), **({special: tokens[special]} if special in tokens else {})},
+            added=_listed(config, special=False),
             add_prefix_space=config.get("add_prefix_space", False),
-            **_around(config, tokens, bos=False, eos=False),
+            begin=_around(config, tokens, "bos", default=False),
+            end=_around(config, tokens, "eos", default=False),
         )
     )
 

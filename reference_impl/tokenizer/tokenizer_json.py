@@ -107,7 +107,8 @@ def _prefix(content: Json) -> tuple[Prefix, bool]:
 
 def _around(content: Json) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that the post-processor puts before and after a text."""
-    begin, end = [], []
+    begin: list[int] = []
+    end: list[int] = []
     for step in _steps(content.get("post_processor"), "processors"):
         if step["type"] == "ByteLevel":  # trims offsets only
             continue
