@@ -77,8 +77,8 @@ FAMILY = Tokenizer(
             texts={"encode": (*WORDS, *SCRIPTS, *CONTROLS, *LOOKALIKES, *drawn("byte_level_bpe/plain", _ALPHABET, 100)),
                    "spaces": SPACES, "special_tokens": _SPECIAL, "runs": RUNS},
             tokens={"decode": _DECODED, "invalid_bytes": _INVALID},
-            claims=_claims("encode", "spaces", "special_tokens", "runs", "decode", "invalid_bytes", "round_trip",
-                           "incremental", "streaming"),
+            claims=_claims("encode", "vocabulary", "spaces", "special_tokens", "runs", "decode", "invalid_bytes",
+                           "round_trip", "incremental", "streaming"),
         ),
         TokenizerRecipe(
             name="byte_level_bpe/added-tokens", summary="Phi's layout: runs of spaces and tabs as added tokens",

@@ -110,8 +110,8 @@ def _field(name: str, summary: str, value: Any, checks: tuple[str, ...], vocabul
     )  # fmt: skip
 
 
-_EVERYTHING = _claims("encode", "spaces", "special_tokens", "begin_and_end", "byte_fallback", "runs", "decode",
-                      "invalid_bytes", "round_trip", "incremental", "streaming")  # fmt: skip
+_EVERYTHING = _claims("encode", "vocabulary", "spaces", "special_tokens", "begin_and_end", "byte_fallback", "runs",
+                      "decode", "invalid_bytes", "round_trip", "incremental", "streaming")  # fmt: skip
 
 FAMILY = Tokenizer(
     name="sentencepiece_bpe",
@@ -145,7 +145,7 @@ FAMILY = Tokenizer(
             settings=_PLAIN, vocabulary="shuffled", claims=_EVERYTHING,
             texts={
                 **_texts("sentencepiece_bpe/distinct", 60), "special_tokens": (*_SPECIAL, *_INSTRUCTIONS),
-                "begin_and_end": _AROUND, "byte_fallback": (*SCRIPTS, *CONTROLS), "runs": RUNS,
+                "begin_and_end": _AROUND, "byte_fallback": (*SCRIPTS, *CONTROLS), "runs": RUNS[:-1],
             },
             tokens={"decode": (*_DECODED, ("[INST]", "▁the", "[/INST]")), "invalid_bytes": _INVALID},
             disputed=frozenset({"invalid_bytes"}),

@@ -10,6 +10,7 @@ WORDS: Texts = (
     "internationalisation", "nationality", "banana bandana", "ababab", "abba aabb", "quixotic zephyr", "WRITING",
     "thethethe", "otherthere", "in the end, the beginning.", "hello world", "x", "zzz", "it's what they'll say",
     "I'm sure we're here and he'd know you've", "IT'S WE'LL", "it 's they 'll", "don't 'tis ''s '", "a'b'c",
+    "'The 'Start 'Demand", "'the 'start 'demand",
     "a == b", "x!=y", "...", "---", "--- --", "a.b.c", "(10)", "100", "2024 100 3.14 1,000", "10 20 30", "a1b2c3",
     "total += values[i] ** 2", "    for i in range(10):\n        total\n", "https://example.org/a?b=c&d=%20",
     "<s", "_a_b_",

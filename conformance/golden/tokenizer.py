@@ -27,7 +27,7 @@ def derive(recipe: TokenizerRecipe) -> Derived:
     inputs: dict[str, Tensor] = {}
     expected: dict[str, Tensor] = {}
     agreement: dict[str, dict[str, str]] = {}
-    for group, texts in recipe.texts.items():
+    for group, texts in _texts(recipe, truth).items():
         ids = [_encoded(truth, group, text) for text in texts]
         for name, other in others.items():
             theirs = [_encoded(other, group, text) for text in texts]
@@ -46,6 +46,14 @@ def derive(recipe: TokenizerRecipe) -> Derived:
     weights = {name: torch.frombuffer(bytearray(content), dtype=torch.uint8) for name, content in files.items()}
     provenance = {"oracle_error": {}, "agreement_with_reference": agreement, "movement": movement}
     return Derived(weights, inputs, expected | wrong, provenance)
+
+
+def _texts(recipe: TokenizerRecipe, truth: Any) -> dict[str, tuple[str, ...]]:
+    """The recipe's texts; and, where it is claimed, those of all tokens, of which no text is a part of a character."""
+    if "tokenizer.vocabulary" not in recipe.claims:
+        return dict(recipe.texts)
+    of_tokens = dict.fromkeys(map(truth.text_of, range(truth.size)))
+    return {**recipe.texts, "vocabulary": tuple(text for text in of_tokens if text and REPLACEMENT not in text)}
 
 
 def _encoded(tokenizer: Any, group: str, text: str) -> list[int]:

@@ -22,6 +22,7 @@ CORPUS = (
     ("reading and writing, reading and rewriting, reordering and ordering the orders.", 5),
     ("internationalisation is an international nation's national notion.", 4),
     ("banana bandana ananas cabana, abab ababa bababa aab abb aabb abba.", 4),
+    ("The Start. The Story. The Demand. Some Stars. The Three Stands.", 4),
     ("aa aaa aaaa aaaaa aaaaaa aaaaaaaa aaaaaaaaaaaaaaaa", 3),
     ("Die Straße führt über die Brücke; naïve café, déjà vu, e\u0301te\u0301.", 3),
     ("    for i in range(10):\n        total += values[i] ** 2  # 100 200 2024\n", 6),

@@ -1,4 +1,4 @@
-"""The packages that decide about tokenizers, behind one interface: `encode`, `decode` and `id_of`."""
+"""The packages that decide about tokenizers, behind one interface: `encode`, `decode`, `id_of`, `text_of`, `size`."""
 
 import json
 from typing import Any
@@ -17,6 +17,7 @@ class SentencePiece:
 
         model = ModelProto.FromString(files["tokenizer.model"])
         self.config = json.loads(files["tokenizer_config.json"])
+        self.size = len(model.pieces)
         self.ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
         self.specials = [p.piece for p in model.pieces if p.type in (p.UNKNOWN, p.CONTROL)]
         self.processor = SentencePieceProcessor(model_proto=files["tokenizer.model"])
@@ -38,6 +39,10 @@ class SentencePiece:
     def id_of(self, token: str) -> int:
         return self.ids[token]
 
+    def text_of(self, i: int) -> str:
+        """A token's text without spaces in front, which a dummy prefix may swallow."""
+        return self.decode([i]).lstrip(" ")
+
 
 class Library:
     """The `tokenizers` package on tokenizer.json."""
@@ -46,6 +51,7 @@ class Library:
         from tokenizers import Tokenizer
 
         self.tokenizer: Any = Tokenizer.from_str(files["tokenizer.json"].decode())
+        self.size: int = self.tokenizer.get_vocab_size()
 
     def encode(self, text: str, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
         self.tokenizer.encode_special_tokens = not parse_special
@@ -56,6 +62,9 @@ class Library:
 
     def id_of(self, token: str) -> int:
         return self.tokenizer.token_to_id(token)  # type: ignore[no-any-return]
+
+    def text_of(self, i: int) -> str:
+        return self.decode([i])
 
 
 def parts(text: str, specials: list[str]) -> list[tuple[int, str, bool]]:

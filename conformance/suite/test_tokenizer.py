@@ -23,6 +23,11 @@ def test_encode(judge: "Judge") -> None:
     _encode(judge, "encode")
 
 
+def test_vocabulary(judge: "Judge") -> None:
+    """The text of every token that has one, encoded alone, has the oracle's ids: no merge is lost, the last neither."""
+    _encode(judge, "vocabulary")
+
+
 def test_spaces(judge: "Judge") -> None:
     """White space of every kind, alone, in runs and before a text, has the oracle's ids; none of it is lost."""
     _encode(judge, "spaces")
