@@ -1,17 +1,6 @@
 """A candidate for a tokenizer: what `load(checkpoint)` returns has `encode` and `decode`.
 
-    def load(checkpoint):            # .path holds the tokenizer's files, .config is config.json
-        return tokenizer
-    tokenizer.encode(text) -> ids    # the text alone: nothing around it, and what looks like a special token is text
-    tokenizer.decode(ids) -> text    # special tokens have no text
-
-Optional, each declared by its presence:
-
-    encode(text, add_special_tokens=False)   True: with the begin and end tokens that the files ask for
-    encode(text, parse_special=False)        True: special tokens are found in the text, as in a prompt put together
-    tokenizer.decoder() -> d                 decodes as ids come: d.feed(id) -> text that is complete now;
-                                             d.finish() -> the rest
-    decode(ids, skip_special_tokens=…)       is passed True, if `decode` names it
+The contract in full is `conformance.families.texts.CONTRACT`, which `conformance explain sentencepiece_bpe` prints.
 """
 
 import inspect

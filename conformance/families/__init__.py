@@ -264,7 +264,6 @@ class Tokenizer:
     files: Callable[[str, Config], dict[str, bytes]]
     truth: Callable[[dict[str, bytes]], Any]
     second: Callable[[dict[str, bytes]], Any] | None = None
-    reference: str = "reference_impl.tokenizer:load_tokenizer"
     fields: tuple[ConfigField, ...] = ()
     comes_back_as: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

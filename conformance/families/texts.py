@@ -1,6 +1,25 @@
-"""Texts that tokenizers go wrong on; written as escapes where a reader could not see what is there."""
+"""What the tokenizer families share: the contract in words, and texts that tokenizers go wrong on.
+
+Texts are written as escapes where a reader could not see what is there.
+"""
 
 from collections.abc import Sequence
+
+CONTRACT = """
+    def load(checkpoint):                 # .path: a directory with the tokenizer's files; .config: its config.json
+        return tokenizer
+
+    tokenizer.encode(text) -> ids         the text alone: nothing around it, and what looks like a special token is text
+    tokenizer.decode(ids) -> text         special tokens have no text
+
+    Optional, each declared by its presence:
+    encode(…, add_special_tokens=False)   True: with the begin and end tokens that the files ask for
+    encode(…, parse_special=False)        True: special tokens are found in the text, as in a prompt put together
+    tokenizer.decoder() -> d              d.feed(id) -> the text that is complete now; d.finish() -> the rest
+    decode(…, skip_special_tokens)        is passed True, if `decode` names it
+
+    An implementation of models as well sees by checkpoint.config["tokenizer"] that a tokenizer is wanted, and which.
+"""
 
 Texts = tuple[str, ...]
 

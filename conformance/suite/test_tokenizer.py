@@ -46,8 +46,7 @@ def test_begin_and_end(judge: "Judge") -> None:
 
 
 def test_byte_fallback(judge: "Judge") -> None:
-    """A character that is no piece becomes the pieces of its UTF-8 bytes, a known one beside it does not, and the text
-    of a byte piece is no byte."""
+    """A character that is no piece becomes the pieces of its UTF-8 bytes; a known one beside it does not."""
     _encode(judge, "byte_fallback")
 
 
@@ -58,7 +57,7 @@ def test_runs(judge: "Judge") -> None:
 
 
 def test_decode(judge: "Judge") -> None:
-    """Ids give the oracle's text: those of every text, cut anywhere, and special tokens, which have no text."""
+    """Ids give the oracle's text: those of texts, with and without their first, and special ones, which have none."""
     _decode(judge, "decode")
 
 
