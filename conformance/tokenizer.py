@@ -5,6 +5,7 @@ The contract in full is `conformance.families.texts.CONTRACT`, which `conformanc
 
 import inspect
 from collections.abc import Iterable
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,13 +70,15 @@ class TokenizerCandidate:
             raise Unsupported(f"encode takes no {missing[0]}")
         options = {option: wanted.get(option, False) for option in ENCODE_OPTIONS if option in declared}
         with running(f"encode({_shown(text)})"):
-            return _ids(self.tokenizer.encode(text, **options))
+            returned = self.tokenizer.encode(text, **options)
+        return _ids(returned)
 
     def decode(self, ids: list[int]) -> str:
         self.calls += 1
         options = {"skip_special_tokens": True} if "skip_special_tokens" in _named(self.tokenizer.decode) else {}
         with running(f"decode({_shown(ids)})"):
-            return _text(self.tokenizer.decode(list(ids), **options), "decode")
+            returned = self.tokenizer.decode(list(ids), **options)
+        return _text(returned, "decode")
 
     def stream(self, ids: list[int]) -> list[str]:
         """What an incremental decoder gives after each id, and at the end.  Raises: Unsupported if there is none."""
@@ -84,7 +87,8 @@ class TokenizerCandidate:
             raise Unsupported("the tokenizer has no decoder()")
         with running(f"decoder(), fed {_shown(ids)}"):
             decoder = self.tokenizer.decoder()
-            return [*(_text(decoder.feed(i), "feed") for i in ids), _text(decoder.finish(), "finish")]
+            *fed, rest = [*map(decoder.feed, ids), decoder.finish()]
+        return [*(_text(text, "feed") for text in fed), _text(rest, "finish")]
 
 
 def _named(method: Any) -> frozenset[str]:
@@ -96,9 +100,9 @@ def _named(method: Any) -> frozenset[str]:
 
 def _ids(returned: Any) -> list[int]:
     ids = returned.tolist() if hasattr(returned, "tolist") else returned
-    if not isinstance(ids, list | tuple) or not all(type(i) is int for i in ids):
+    if not isinstance(ids, list | tuple) or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
         raise Misbehaviour("type", f"encode returned {_shown(returned)}, wanted a list of integers")
-    return list(ids)
+    return [int(i) for i in ids]
 
 
 def _text(returned: Any, method: str) -> str:

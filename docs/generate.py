@@ -15,8 +15,16 @@ sys.path.insert(0, str(ROOT))
 from conformance import catalogue  # noqa: E402
 from conformance.cases import Manifest  # noqa: E402
 from conformance.families import (  # noqa: E402
-    COMPONENTS, FAMILIES, MODELS, TOKENIZERS, Component, Family, Tokenizer, Value, get,
-)  # fmt: skip
+    COMPONENTS,
+    FAMILIES,
+    MODELS,
+    TOKENIZERS,
+    Component,
+    Family,
+    Tokenizer,
+    Value,
+    get,
+)
 from conformance.families.texts import CONTRACT  # noqa: E402
 from conformance.probes import VOCABULARY, any_layer, word  # noqa: E402
 

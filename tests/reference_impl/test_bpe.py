@@ -1,6 +1,7 @@
 """Merging: the order of Algorithm 1, in less than its n² steps."""
 
 import time
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ def merged_by_the_book(word: str, ranks: dict[tuple[str, str], int]) -> list[str
     """All pairs are looked at before each merge; the best rank, of equal ones the leftmost."""
     symbols = list(word)
     while True:
-        found = [(ranks[pair], at) for at, pair in enumerate(zip(symbols, symbols[1:], strict=False)) if pair in ranks]
+        found = [(ranks[pair], at) for at, pair in enumerate(pairwise(symbols)) if pair in ranks]
         if not found:
             return symbols
         at = min(found)[1]

@@ -17,8 +17,9 @@ REAL = ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"]
 
 any_character = st.characters(exclude_categories=["Cs"])
 fragments = st.sampled_from([
-    " ", "  ", "a", "aa", "the", "re", "an", "ing", "é", "e\u0301", "\u0301", "你", "🙂", "\u200d", "\x00", "\n", "\t", "▁", "<s>", "</s>",
-    "<unk>", "<0x0A>", "<0xE4>", "[INST]", "[DOC_1]", "[DOC_1", "[REFERENCE_DOC_1]", "10", "==",
+    " ", "  ", "a", "aa", "the", "re", "an", "ing", "é", "e\u0301", "\u0301", "你", "🙂", "\u200d", "\x00",
+    "\n", "\t", "▁", "<s>", "</s>", "<unk>", "<0x0A>", "<0xE4>", "[INST]", "[DOC_1]", "[DOC_1",
+    "[REFERENCE_DOC_1]", "10", "==",
 ])  # fmt: skip
 texts = st.lists(st.one_of(fragments, st.text(any_character, max_size=3)), max_size=24).map("".join)
 runs = st.lists(st.tuples(st.sampled_from("a ▁=1你"), st.integers(1, 40)), max_size=4).map(
@@ -59,7 +60,9 @@ def test_text_of_any_ids_equals_the_packages(both: Both, data: st.DataObject) ->
     """Bytes in any order, control and unknown pieces among them."""
     size = both.ours.vocab_size
     of_bytes = [i for i in range(size) if both.theirs.is_byte(i)] or [0]
-    ids = data.draw(st.lists(st.one_of(st.integers(0, size - 1), st.sampled_from(of_bytes), st.integers(0, 3)), max_size=12))
+    ids = data.draw(
+        st.lists(st.one_of(st.integers(0, size - 1), st.sampled_from(of_bytes), st.integers(0, 3)), max_size=12)
+    )
     assert both.ours.decode(ids) == both.theirs.decode(ids)
 
 

@@ -89,7 +89,9 @@ def refused(directory: Path, file: str | None = None) -> str:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    assert "no tokenizer here: wanted tokenizer.model, tokenizer.json, or vocab.json with merges.txt" in refused(tmp_path)
+    assert "no tokenizer here: wanted tokenizer.model, tokenizer.json, or vocab.json with merges.txt" in refused(
+        tmp_path
+    )
 
 
 @pytest.mark.parametrize("file", ["tokenizer.model", "tokenizer.json", "vocab.json"])
@@ -134,7 +136,7 @@ def test_a_model_that_is_not_as_llamas(settings: dict[str, Any], words: str, tmp
     ([], "no pieces"),
     ([*PIECES, ("a", -3.0, "NORMAL")], "1 pieces occur twice"),
     ([*PIECES, ("b", -3.0, "UNUSED")], "unused pieces are not implemented"),
-    ([("▁", 0.0, "NORMAL"), ("<s>", 0.0, "CONTROL"), ("<0x00>", 0.0, "BYTE")], "1 of 256 byte pieces and no unknown piece"),
+    ([("▁", 0.0, "NORMAL"), ("<s>", 0.0, "CONTROL"), ("<0x00>", 0.0, "BYTE")], "1 of 256 byte pieces and no unknown"),
     ([("<unk>", 0.0, "UNKNOWN"), ("a", 0.0, "NORMAL")], "bos_token='<s>', which is not in the vocabulary"),
 ])  # fmt: skip
 def test_pieces_that_cannot_be_used(pieces: Any, words: str, tmp_path: Path) -> None:
@@ -164,7 +166,8 @@ def test_tokenizer_json_is_no_utf8(tmp_path: Path) -> None:
     assert "not UTF-8" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("content", [{}, {"model": None}, {"model": {"type": "BPE"}}, {"model": {"vocab": [], "merges": []}},
+@pytest.mark.parametrize("content", [{}, {"model": None}, {"model": {"type": "BPE"}},
+                                     {"model": {"vocab": [], "merges": []}},
                                      {"model": {"vocab": {"a": 0}, "merges": [1]}, "added_tokens": 3}])  # fmt: skip
 def test_tokenizer_json_is_of_another_shape(content: Any, tmp_path: Path) -> None:
     write_json(tmp_path / "tokenizer.json", content)
