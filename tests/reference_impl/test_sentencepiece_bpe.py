@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
 
 from reference_impl.tokenizer import SentencePieceBPE, load_tokenizer
 from tokenizer_directories import mistral, of_case, sentencepiece_model
@@ -136,6 +137,33 @@ def test_a_merge_may_cross_words_if_a_piece_does(tmp_path: Path) -> None:
     """Words are taken apart only where no piece holds a space inside."""
     tokenizer = pieces_of(tmp_path, ("a▁", -1.0, "NORMAL"), ("a▁b", -2.0, "NORMAL"))
     assert [tokenizer.vocabulary.pieces[i] for i in tokenizer.encode("a b a")] == ["a▁b", "▁", "a"]
+
+
+def test_a_byte_piece_is_never_made_by_merging(tmp_path: Path) -> None:
+    """Even where all but its last merge is a piece."""
+    parts = ["<", "0", "x", "4", "1", ">", "<0", "<0x", "<0x4", "<0x41"]
+    bytes_and_all = [(f"<0x{byte:02X}>", 0.0, "BYTE") for byte in range(256)]
+    tokenizer = pieces_of(tmp_path, *((part, -1.0, "NORMAL") for part in parts), *bytes_and_all)
+    assert [tokenizer.vocabulary.pieces[i] for i in tokenizer.encode("<0x41>")] == ["<0x41", ">"]
+    assert tokenizer.encode("<0x41>") == SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(
+        "<0x41>"
+    )
+
+
+@given(text=texts)
+@example(text=" the")
+@example(text="<s> the")
+def test_a_prefix_that_tokenizer_json_writes_as_a_step_goes_before_no_space(
+    text: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """tokenizer.json means what the `tokenizers` package makes of it, though tokenizer.model beside it means another."""
+    if "metaspace" not in _LOADED:
+        directory = of_case("sentencepiece_bpe/field-legacy", tmp_path_factory.mktemp("tokenizer"), "tokenizer.json")
+        _LOADED["metaspace"] = load_tokenizer(directory), Tokenizer.from_file(str(directory / "tokenizer.json"))
+    ours, theirs = _LOADED["metaspace"]
+    for parse_special in (False, True):
+        theirs.encode_special_tokens = not parse_special
+        assert ours.encode(text, parse_special=parse_special) == theirs.encode(text, add_special_tokens=False).ids
 
 
 def test_half_of_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
