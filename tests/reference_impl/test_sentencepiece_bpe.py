@@ -123,7 +123,8 @@ CHARACTERS = [("<unk>", 0.0, "UNKNOWN"), ("<s>", 0.0, "CONTROL"), ("</s>", 0.0, 
 
 
 def pieces_of(directory: Path, *more: tuple[str, float, str]) -> SentencePieceBPE:
-    tokenizer = load_tokenizer(sentencepiece_model(directory, [*CHARACTERS, *more], add_dummy_prefix=False))
+    pieces, fallback = [*CHARACTERS, *more], any(kind == "BYTE" for _, _, kind in more)
+    tokenizer = load_tokenizer(sentencepiece_model(directory, pieces, add_dummy_prefix=False, byte_fallback=fallback))
     assert isinstance(tokenizer, SentencePieceBPE)
     return tokenizer
 
@@ -144,10 +145,9 @@ def test_a_byte_piece_is_never_made_by_merging(tmp_path: Path) -> None:
     parts = ["<", "0", "x", "4", "1", ">", "<0", "<0x", "<0x4", "<0x41"]
     bytes_and_all = [(f"<0x{byte:02X}>", 0.0, "BYTE") for byte in range(256)]
     tokenizer = pieces_of(tmp_path, *((part, -1.0, "NORMAL") for part in parts), *bytes_and_all)
-    assert [tokenizer.vocabulary.pieces[i] for i in tokenizer.encode("<0x41>")] == ["<0x41", ">"]
-    assert tokenizer.encode("<0x41>") == SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(
-        "<0x41>"
-    )
+    ids = tokenizer.encode("<0x41>")
+    assert [tokenizer.vocabulary.pieces[i] for i in ids] == ["<0x41", ">"]
+    assert ids == SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode("<0x41>")
 
 
 @given(text=texts)
