@@ -34,7 +34,7 @@ COMPONENTS = (
     "switch_ffn",
 )
 TOKENIZERS = ("sentencepiece_bpe", "byte_level_bpe")
-MODELS = ("transformer", "gpt", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi")
+MODELS = ("rnn_search", "gnmt", "transformer", "gpt", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi")
 FAMILIES = (*COMPONENTS, *TOKENIZERS, *MODELS)
 
 Config = dict[str, Any]

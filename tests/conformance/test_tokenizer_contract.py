@@ -327,3 +327,15 @@ def test_a_reference_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(reference, "tokenizer", lambda config, files: SimpleNamespace(encode=lambda text: [0]))
     with pytest.raises(GoldenError, match="oracle and reference differ"):
         derive(RECIPES["byte_level_bpe/field-add_prefix_space"])
+
+
+def test_the_reference_declares_what_it_cannot_do_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    from conformance.implementations import reference
+
+    monkeypatch.setattr(reference, "find_spec", lambda name: None)
+    result = check(reference.IMPLEMENTATIONS["reference"], PLAIN, "tokenizer.encode", "exact")
+    assert (result.outcome, "`tokenizer` extra" in result.message) == ("unsupported", True)
+    assert (
+        check(reference.IMPLEMENTATIONS["reference"], "byte_level_bpe/plain", "tokenizer.encode", "exact").outcome
+        == "pass"
+    )

@@ -156,7 +156,7 @@ def test_a_byte_piece_is_never_made_by_merging(tmp_path: Path) -> None:
 def test_a_prefix_that_tokenizer_json_writes_as_a_step_goes_before_no_space(
     text: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """tokenizer.json means what the `tokenizers` package makes of it, though tokenizer.model beside it means another."""
+    """tokenizer.json means what `tokenizers` makes of it, though tokenizer.model beside it means something else."""
     if "metaspace" not in _LOADED:
         directory = of_case("sentencepiece_bpe/field-legacy", tmp_path_factory.mktemp("tokenizer"), "tokenizer.json")
         _LOADED["metaspace"] = load_tokenizer(directory), Tokenizer.from_file(str(directory / "tokenizer.json"))
