@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from conformance.implementation import Checkpoint, Implementation, Misbehaviour, Unsupported, running
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from conformance.cases import Case
 
 # What ends a text and a row of ids in a tensor: neither UTF-8 nor a vocabulary has it.
@@ -22,22 +21,26 @@ END_OF_TEXT, END_OF_ROW = 0xFF, -1
 ENCODE_OPTIONS = ("add_special_tokens", "parse_special")
 
 
-def pack_texts(texts: Iterable[str]) -> Tensor:
+def pack_texts(texts: Iterable[str]) -> "Tensor":
     """Texts as one tensor of bytes."""
+    import torch
+
     data = b"".join(text.encode() + bytes([END_OF_TEXT]) for text in texts)
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
 
 
-def unpack_texts(packed: Tensor) -> list[str]:
+def unpack_texts(packed: "Tensor") -> list[str]:
     return [text.decode() for text in packed.numpy().tobytes().split(bytes([END_OF_TEXT]))[:-1]]
 
 
-def pack_rows(rows: Iterable[list[int]]) -> Tensor:
+def pack_rows(rows: Iterable[list[int]]) -> "Tensor":
     """Rows of ids below 32,768 as one tensor."""
+    import torch
+
     return torch.tensor([i for row in rows for i in (*row, END_OF_ROW)], dtype=torch.int16)
 
 
-def unpack_rows(packed: Tensor) -> list[list[int]]:
+def unpack_rows(packed: "Tensor") -> list[list[int]]:
     rows: list[list[int]] = [[]]
     for i in packed.tolist():
         if i == END_OF_ROW:
@@ -54,6 +57,8 @@ class TokenizerCandidate:
     """
 
     def __init__(self, implementation: Implementation, case: "Case"):
+        import torch
+
         self.calls = 0
         self.checkpoint = Checkpoint(case.config, {}, torch.float32, torch.device("cpu"), case.files)
         with running("load(checkpoint)"):

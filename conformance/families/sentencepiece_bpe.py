@@ -66,13 +66,13 @@ _FEW = ("the quick", "a", "", "你好吗 the", "the  the", "the <s> the")
 def files(vocabulary: str, settings: Config) -> dict[str, bytes]:
     """plain: as trained.  shuffled: the same with ids in no order and instruction tokens.  documents: plain with
     user-defined pieces.  no_bytes: trained without byte pieces."""
-    from conformance.draws import integers
+    from conformance.draws import few_integers
     from conformance.oracles.tokenizer_training import Piece, sentencepiece_files, trained_pieces
 
     pieces = trained_pieces(480 if settings["byte_fallback"] else 224, byte_fallback=settings["byte_fallback"])
     if vocabulary == "shuffled":
         pieces += [Piece(text, 0.0, "CONTROL") for text in ("[INST]", "[/INST]", "[INST]]")]
-        keys = integers("sentencepiece_bpe/shuffled", len(pieces), 0, 0xFFFF).tolist()
+        keys = few_integers("sentencepiece_bpe/shuffled", len(pieces), 0, 0xFFFF)
         pieces = [piece for _, _, piece in sorted(zip(keys, range(len(pieces)), pieces, strict=True))]
     if vocabulary == "documents":
         pieces[3:3] = [Piece(text, 0.0, "USER_DEFINED") for text in ("[DOC_1]", "[DOC_12]")]

@@ -5,6 +5,8 @@ Texts are written as escapes where a reader could not see what is there.
 
 from collections.abc import Sequence
 
+from conformance.draws import few_integers
+
 CONTRACT = """
     def load(checkpoint):                 # .path: a directory with the tokenizer's files; .config: its config.json
         return tokenizer
@@ -63,10 +65,8 @@ RUNS: Texts = (
 
 def drawn(label: str, alphabet: Sequence[str], count: int) -> Texts:
     """Texts of up to 16 entries of an alphabet, a function of the label alone."""
-    from conformance.draws import integers
-
-    sizes = integers(f"{label}/sizes", count, 1, 16).tolist()
+    sizes = few_integers(f"{label}/sizes", count, 1, 16)
     return tuple(
-        "".join(alphabet[i] for i in integers(f"{label}/{index}", size, 0, len(alphabet) - 1).tolist())
+        "".join(alphabet[i] for i in few_integers(f"{label}/{index}", size, 0, len(alphabet) - 1))
         for index, size in enumerate(sizes)
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from conformance.draws import few_integers
 from conformance.tokenizer import unpack_rows, unpack_texts
 
 if TYPE_CHECKING:
@@ -145,17 +146,15 @@ def _shown(value: Any) -> str:
 
 def drawn_texts(label: str, count: int) -> list[str]:
     """Texts of up to 12 characters: half from the places where tokenizers go wrong, half from all of Unicode."""
-    from conformance.draws import integers
-
     places = (0x20, 0x7E), (0x20, 0x20), (0x61, 0x62), (0x00, 0x1F), (0x7F, 0x24F), (0x300, 0x36F), (0x2000, 0x2BFF)
     unicode = (0x00, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)
-    sizes = integers(f"{label}/sizes", count, 1, 12).tolist()
+    sizes = few_integers(f"{label}/sizes", count, 1, 12)
     texts = []
     for index, size in enumerate(sizes):
-        kinds = integers(f"{label}/{index}/kinds", size, 0, 2 * len(places) - 1).tolist()
+        kinds = few_integers(f"{label}/{index}/kinds", size, 0, 2 * len(places) - 1)
         ranges = [places[kind] if kind < len(places) else unicode[kind % len(unicode)] for kind in kinds]
-        spread = integers(f"{label}/{index}/high", size, 0, 0x7FFF).tolist()
-        fine = integers(f"{label}/{index}/low", size, 0, 0x3F).tolist()
+        spread = few_integers(f"{label}/{index}/high", size, 0, 0x7FFF)
+        fine = few_integers(f"{label}/{index}/low", size, 0, 0x3F)
         parts = zip(ranges, spread, fine, strict=True)
         texts.append("".join(chr(low + (64 * s + f) % (high - low + 1)) for (low, high), s, f in parts))
     return texts
