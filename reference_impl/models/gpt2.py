@@ -19,7 +19,7 @@ from reference_impl.config import DERIVED, read_fields, require_divisible, requi
 from reference_impl.nn import attention as core
 from reference_impl.nn import masks
 from reference_impl.nn.feed_forward import Conv1DFeedForward, activation
-from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
+from reference_impl.nn.kv_cache import Cache, KVCache, LayerCache, Session, tokens_of_call
 from reference_impl.nn.norm import LayerNorm
 from reference_impl.nn.positions import LearnedPositions
 from reference_impl.nn.self_attention import SelfAttention
@@ -152,20 +152,19 @@ class GPT2Model(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
+        document_ids: Int[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
-        if cache is not None:
-            real = cache.extended(real)  # (B, S)
-        position_ids = masks.resolve_positions(position_ids, input_ids, real)  # (B, T)
-        mask = masks.visible_keys(real, num_queries=input_ids.shape[1])  # (B, 1, T, S)
+        tokens = tokens_of_call(input_ids, attention_mask, document_ids, cache)  # (B, S)
+        position_ids = masks.resolve_positions(position_ids, input_ids, tokens)  # (B, T)
+        mask = masks.visible(tokens, num_queries=input_ids.shape[1])  # (B, 1, T, S)
 
         x: Tensor = self.wte(input_ids) + self.wpe(position_ids)  # (B, T, hidden)
         layer_caches = [None] * len(self.h) if cache is None else cache.layers
         for block, layer_cache in zip(self.h, layer_caches, strict=True):
             x = block(x, mask, layer_cache)
         if cache is not None:
-            cache.commit(real)
+            cache.commit(tokens)
         hidden: Tensor = self.ln_f(x)
         return hidden
 
@@ -190,7 +189,8 @@ class GPT2(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
+        document_ids: Int[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
         """Logits of the token after each of `input_ids`. Logits at padding mean nothing, but are finite.
 
@@ -199,12 +199,14 @@ class GPT2(nn.Module):
             position_ids: by default the number of real tokens before each in its row, cached ones included. They
                 choose rows of the position table: what a token may see follows from its place. One row may serve all.
             cache: earlier tokens of the same rows; these are added to it. Needs torch.no_grad().
+            document_ids: which text each token belongs to, where a row holds several, one behind the other; each sees
+                its own alone, and positions start again. `reference_impl.packing` makes them.
 
         Raises:
             ValueError: the mask or the positions do not fit `input_ids`, these do not fit `cache`, or a position is
                 beyond `n_positions`.
         """
-        logits: Tensor = self.lm_head(self.transformer(input_ids, attention_mask, position_ids, cache))
+        logits: Tensor = self.lm_head(self.transformer(input_ids, attention_mask, position_ids, cache, document_ids))
         return logits
 
     def session(self, max_length: int | None = None) -> Session:

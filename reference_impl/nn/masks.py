@@ -5,6 +5,8 @@ Masks are boolean with one polarity everywhere: True means *real*, or *may be se
 Shapes: B batch, T tokens of this call (queries), S tokens so far (keys: cached and new, S ≥ T).
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -29,6 +31,58 @@ def real_tokens(input_ids: Int[Tensor, "batch seq"], attention_mask: PaddingMask
     return attention_mask != 0
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What a call knows of its keys: those that a cache holds, in whatever order, then the T of the call itself.
+
+    real: which are real tokens; padding is not, nor an empty slot of a cache.
+    place: how many real tokens of its text stand before each; of padding, the place of the real token before it, or −1
+        if there is none.
+    document: which text each belongs to, where a row holds several; None: each row is one text.
+    """
+
+    real: Bool[Tensor, "batch keys"]
+    place: Int[Tensor, "batch keys"]
+    document: Int[Tensor, "batch keys"] | None = None
+
+
+def in_order(real: Bool[Tensor, "batch keys"], document: Int[Tensor, "batch keys"] | None = None) -> Tokens:
+    """The tokens of rows that are stored as they stand in the text; places start again with each document.
+
+    real       0 0 1 1 1        1 1 1 0 0        1 1 1 1 1  of documents  0 0 1 1 1
+    place     −1−1 0 1 2        0 1 2 2 2        0 1 0 1 2
+    """
+    place = real.cumsum(dim=-1) - 1  # (B, S)
+    if document is not None:
+        first = torch.ones_like(real)
+        first[:, 1:] = document[:, 1:] != document[:, :-1]
+        before = place + 1 - real.long()  # real tokens before each, in the row
+        place = place - before.masked_fill(~first, 0).cummax(dim=-1).values
+    return Tokens(real, place, document)
+
+
+def visible(
+    tokens: Tokens, *, num_queries: int, sliding_window: int | None = None
+) -> Bool[Tensor, "batch 1 queries keys"]:
+    """Which keys each of the last `num_queries` tokens may see: real ones of its text, not later and not too far back.
+
+    Order is told by places alone, so that keys may be stored in any order. With a `sliding_window` of W a query sees W
+    keys, itself among them. A padding query that has only padding before it sees nothing: its row is all False.
+
+    Jiang et al. 2023, Mistral 7B (arXiv:2310.06825), section 2: W → `sliding_window`. The paper speaks of "tokens
+    between i − W and i", which could be W + 1 keys; here and in Hugging Face they are i − W + 1 … i, W keys, as many as
+    the paper's rolling buffer holds. Layers stack: after L of them a token has been reached by L · (W − 1) before it.
+    """
+    first_query = tokens.real.shape[1] - num_queries
+    query, key = tokens.place[:, first_query:, None], tokens.place[:, None, :]  # (B, T, 1), (B, 1, S)
+    may_see = (key <= query) & tokens.real[:, None, :]  # (B, T, S)
+    if sliding_window is not None:
+        may_see = may_see & (key > query - sliding_window)
+    if tokens.document is not None:
+        may_see = may_see & (tokens.document[:, first_query:, None] == tokens.document[:, None, :])
+    return may_see[:, None]  # (B, 1, T, S): the same for every head
+
+
 def positions(real: Bool[Tensor, "batch keys"], *, num_queries: int) -> Int[Tensor, "batch queries"]:
     """Positions of the last `num_queries` tokens: how many real tokens stand before each in its row.
 
@@ -37,23 +91,27 @@ def positions(real: Bool[Tensor, "batch keys"], *, num_queries: int) -> Int[Tens
         real       0 0 1 1 1        1 1 1 0 0
         position   0 0 0 1 2        0 1 2 2 2
     """
-    all_positions = (real.cumsum(dim=-1) - 1).clamp(min=0)  # (B, S)
-    return all_positions[:, real.shape[1] - num_queries :]  # (B, T)
+    return default_positions(in_order(real), num_queries=num_queries)
+
+
+def default_positions(tokens: Tokens, *, num_queries: int) -> Int[Tensor, "batch queries"]:
+    """The places of the last `num_queries` tokens; 0 where there is none."""
+    return tokens.place[:, tokens.place.shape[1] - num_queries :].clamp(min=0)  # (B, T)
 
 
 def resolve_positions(
     position_ids: Int[Tensor, "#batch #seq"] | None,
     input_ids: Int[Tensor, "batch seq"],
-    real: Bool[Tensor, "batch keys"],
+    tokens: Tokens,
 ) -> Int[Tensor, "#batch seq"]:
-    """The given positions of `input_ids`, which are the last tokens of `real`; by default those of `positions`.
+    """The given positions of `input_ids`, which are the last of `tokens`; by default their places in their text.
 
     Raises:
         ValueError: the given positions have neither the shape of `input_ids` nor that of one row for all.
     """
     seq = input_ids.shape[1]
     if position_ids is None:
-        return positions(real, num_queries=seq)
+        return default_positions(tokens, num_queries=seq)
     if position_ids.shape not in (input_ids.shape, (1, seq)):
         shapes = f"{tuple(position_ids.shape)} and input_ids {tuple(input_ids.shape)}"
         raise ValueError(f"position_ids has shape {shapes}: give one position a token, or one row for all")
@@ -73,35 +131,15 @@ def causal(num_queries: int, num_keys: int, device: torch.device | None = None) 
     return key_index[None, :] <= query_index[:, None]
 
 
-def within_window(
-    real: Bool[Tensor, "batch keys"], *, num_queries: int, sliding_window: int
-) -> Bool[Tensor, "batch queries keys"]:
-    """Keys that are fewer than `sliding_window` tokens back: a query sees that many keys, itself among them.
-
-    Jiang et al. 2023, Mistral 7B (arXiv:2310.06825), section 2: W → `sliding_window`. The paper speaks of "tokens
-    between i − W and i", which could be W + 1 keys; here and in Hugging Face they are i − W + 1 … i, W keys, as many as
-    the paper's rolling buffer holds. Layers stack: after L of them a token has been reached by L · (W − 1) before it.
-
-    Only real tokens are counted, so that padding inside a row takes no place in the window. Keys after the query are
-    not hidden here. With W = 3, for the last two of five tokens, all real, and with the third one padding:
-
-        1 1 1 1 1  →  0 1 1 1 1        1 1 0 1 1  →  1 1 1 1 1
-                      0 0 1 1 1                      0 1 1 1 1
-    """
-    place = real.cumsum(dim=-1)  # (B, S): how many real tokens there are up to and including this one
-    queries = place[:, real.shape[1] - num_queries :]  # (B, T)
-    return queries[:, :, None] - place[:, None, :] < sliding_window  # (B, T, S)
-
-
 def visible_keys(
     real: Bool[Tensor, "batch keys"], *, num_queries: int, sliding_window: int | None = None
 ) -> Bool[Tensor, "batch 1 queries keys"]:
-    """Keys that are not in the future, not padding, and not beyond the window, for the last `num_queries` of `real`.
+    """`visible` for rows of one text each, stored in order.
 
-    Without a `sliding_window` a query may look back to the beginning. A padding query that has only padding before it
-    sees nothing: its row is all False.
+    Only real tokens are counted, so that padding inside a row takes no place in the window. With W = 3, for the last
+    two of five tokens, all real, and with the third one padding:
+
+        1 1 1 1 1  →  0 1 1 1 0        1 1 0 1 1  →  1 1 0 1 0
+                      0 0 1 1 1                      0 1 0 1 1
     """
-    may_see = causal(num_queries, real.shape[1], real.device) & real[:, None, :]  # (B, T, S)
-    if sliding_window is not None:
-        may_see = may_see & within_window(real, num_queries=num_queries, sliding_window=sliding_window)
-    return may_see[:, None]  # (B, 1, T, S): the same for every head
+    return visible(in_order(real), num_queries=num_queries, sliding_window=sliding_window)
