@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from conformance.suite.padding import padded
+from conformance.suite.padding import moved, padded_ids, row_truth
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,29 +15,40 @@ DECODED = 4
 
 def test_prefill_decode(judge: "Judge") -> None:
     """A prompt in one call, then four tokens one by one: every row equals the full forward's."""
-    seq = judge.case.inputs["input_ids"].shape[1]
+    seq = judge.case.ids.shape[1]
     _feed_and_compare(judge, [seq - DECODED] + [1] * DECODED)
 
 
 def test_one_by_one(judge: "Judge") -> None:
     """Every token in a call of its own."""
-    _feed_and_compare(judge, [1] * judge.case.inputs["input_ids"].shape[1])
+    _feed_and_compare(judge, [1] * judge.case.ids.shape[1])
 
 
 def test_chunks(judge: "Judge") -> None:
     """Several tokens a call onto a cache that is not empty: chunks of 3, 4, 1 and the rest."""
-    seq = judge.case.inputs["input_ids"].shape[1]
-    _feed_and_compare(judge, [3, 4, 1, seq - 8])
+    _feed_and_compare(judge, [3, 4, 1, judge.case.ids.shape[1] - 8])
 
 
 def test_ragged(judge: "Judge") -> None:
-    """Prompts of different lengths, padded on the left with junk, then decoded together, each at its own position."""
+    """Prompts of different lengths, padded with junk, then decoded together, each at its own position.
+
+    Prompts of a decoder are padded on its left.  An encoder's sources are padded on the right, and all rows begin to
+    decode at once.
+    """
     import torch
 
     case = judge.case
+    if case.source:
+        ids, mask = padded_ids(case.inputs, "right")
+        plan = [1] * (DECODED + 1)
+        source = {"input_ids": ids, "attention_mask": mask}
+        logits = _feed(judge, plan, judge.case.ids[:, : len(plan)], source=source)
+        judge.compare(logits, row_truth(case)[:, : len(plan)])
+        return
     longest = case.inputs["input_ids"].shape[1] - DECODED
     lengths = case.inputs["lengths"].clamp(max=longest)
-    prompt, mask, truth = padded(case.inputs, case.expected["logits"], "left", lengths, longest)
+    prompt, mask = padded_ids(case.inputs, "left", lengths, longest)
+    truth = moved(case.expected["logits"], lengths, "left", longest)
     steps = lengths[:, None] + torch.arange(DECODED)  # (batch, DECODED): where each row's decoded tokens stand
     row = torch.arange(len(lengths))[:, None]
     ids = torch.cat([prompt, case.inputs["input_ids"][row, steps]], dim=1)
@@ -49,18 +60,24 @@ def test_ragged(judge: "Judge") -> None:
 
 def _feed_and_compare(judge: "Judge", plan: list[int]) -> None:
     judge.plan = plan
-    logits = _feed(judge, plan, judge.case.inputs["input_ids"])
+    logits = _feed(judge, plan, judge.case.ids, source=judge.case.source)
     judge.compare(logits[:, judge.case.rows], judge.case.expected["logits"])
 
 
-def _feed(judge: "Judge", plan: list[int], ids: "Tensor", mask: "Tensor | None" = None) -> "Tensor":
+def _feed(
+    judge: "Judge",
+    plan: list[int],
+    ids: "Tensor",
+    mask: "Tensor | None" = None,
+    source: "dict[str, Tensor] | None" = None,
+) -> "Tensor":
     """Feed the ids in calls of the planned sizes; the logits of all calls, joined along the sequence."""
     import torch
 
     assert sum(plan) == ids.shape[1]
     pieces, start = [], 0
     with judge.precision():
-        session = judge.candidate.session()
+        session = judge.candidate.session(**(source or {}))
         for size in plan:
             part = slice(start, start + size)
             pieces.append(session.feed(ids[:, part], None if mask is None else mask[:, part]))
