@@ -3,7 +3,8 @@
 An implementation is any object with `name`, `families` and `load(checkpoint)`; a function `load` alone is enough.
 `load` returns a model: a callable `model(input_ids, attention_mask=None, position_ids=None, …)` that returns logits
 (batch, seq, vocab), or a dict with "logits" and optionally those of `LOSSES`.  Only arguments that it declares are
-passed.  An encoder–decoder model takes `decoder_input_ids`, and perhaps `decoder_attention_mask`, too: logits belong to these.
+passed.  An encoder–decoder model takes `decoder_input_ids`, and perhaps `decoder_attention_mask`, too: logits belong to
+these.
 Optional attributes, each declared by its presence: `session(**source)`, `parameters`.
 """
 
@@ -50,7 +51,7 @@ class CannotResolve(ValueError):
 class Misbehaviour(Exception):
     """A candidate's answer that is wrong in kind, not in value: shape, dtype, type, NaN.
 
-    kind: "shape", "dtype", "type", "not finite".
+    kind: "shape", "dtype", "type", "not finite", "signature", "input changed", "state grows".
     """
 
     def __init__(self, kind: str, message: str):
@@ -342,6 +343,19 @@ class Session:
             returned = self.session.feed(input_ids.clone().to(self.candidate.device), **passed)
         # An engine may return the same buffer again and again
         return self.candidate._normalise(returned, tuple(input_ids.shape)).logits.clone()
+
+    def state_bytes(self) -> int:
+        """Memory that the session says it holds, in bytes.
+
+        Raises: Unsupported if it has no `state_bytes`.
+        """
+        if not hasattr(self.session, "state_bytes"):
+            raise Unsupported("the session has no state_bytes()")
+        with running("session.state_bytes()"):
+            size = self.session.state_bytes()
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise Misbehaviour("type", f"state_bytes() returned {size!r}, wanted a number of bytes")
+        return size
 
 
 def load(implementation: Implementation, case: "Case", dtype: str, device: str) -> Candidate:

@@ -45,9 +45,9 @@ class RollingCache:
         self.slots = sliding_window if max_length is None else min(sliding_window, max_length)
         self.layers = [RollingLayer(self) for _ in range(num_hidden_layers)]
         self.length = 0  # tokens fed to every row so far, padding included
-        self.count: Int[Tensor, "batch"] | None = None  # real ones among them
+        self.count: Int[Tensor, " batch"] | None = None  # real ones among them
         # Row, column in the call, and slot of each token that the call at hand will write.
-        self.writes: tuple[Int[Tensor, "n"], Int[Tensor, "n"], Int[Tensor, "n"]] | None = None
+        self.writes: tuple[Int[Tensor, " n"], Int[Tensor, " n"], Int[Tensor, " n"]] | None = None
 
     @property
     def used(self) -> int:
