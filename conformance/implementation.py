@@ -5,7 +5,7 @@ An implementation is any object with `name`, `families` and `load(checkpoint)`; 
 (batch, seq, vocab), or a dict with "logits" and optionally those of `LOSSES`.  Only arguments that it declares are
 passed.  An encoder–decoder model takes `decoder_input_ids`, and perhaps `decoder_attention_mask`, too: logits belong to
 these.
-Optional attributes, each declared by its presence: `session(**source)`, `parameters`.
+Optional attributes, each declared by its presence: `session(**source)`, `packed(input_ids, lengths)`, `parameters`.
 """
 
 import copy
@@ -276,6 +276,18 @@ class Candidate:
             raise Unsupported("session() takes no attention_mask")
         with running("model.session()"):
             return Session(self, self.model.session(**{k: v.clone().to(self.device) for k, v in source.items()}))
+
+    def packed(self, input_ids: "Tensor", lengths: "Tensor") -> "Tensor":
+        """Logits (1, tokens, vocab) of texts of these lengths, one behind the other in the one row of `input_ids`.
+
+        Raises: Unsupported if the model has no `packed`.
+        """
+        if not hasattr(self.model, "packed"):
+            raise Unsupported("the model has no packed()")
+        self.calls += 1
+        with running("model.packed(…)"):
+            returned = self.model.packed(input_ids.clone().to(self.device), lengths.clone().to(self.device))
+        return self._normalise(returned, tuple(input_ids.shape)).logits
 
     def _normalise(self, returned: Any, shape: tuple[int, ...]) -> Output:
         import torch

@@ -28,6 +28,8 @@ FULL: Claims = MODEST | {
     "golden.loss": ("float64",),
     "golden.blocks": ("float64", "float32"),
     "golden.gradients": ("float64",),
+    "packed.logits": ("float64", "float32"),
+    "packed.isolation": ("float64",),
 }
 # What a case with more tokens than two of its windows claims beside; no dtype decides it.
 CONSTANT_STATE: Claims = {"cache.constant_state": ("float32",)}

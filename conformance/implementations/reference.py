@@ -67,6 +67,11 @@ class Model:
         logits = self.model(input_ids, attention_mask, position_ids)
         return {"logits": logits} if labels is None else {"logits": logits, "loss": next_token_loss(logits, labels)}
 
+    def packed(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        from reference_impl.packing import packed
+
+        return packed(self.model, input_ids, lengths)
+
 
 class EncoderDecoderModel:
     """An encoder–decoder model behind the contract, with its loss."""

@@ -8,11 +8,11 @@ OpenAI's projections call W is stored (in, out). Dropout is not implemented: tra
 Shapes: B batch, T tokens of this call, S tokens so far (cached and new).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reference_impl.config import read_fields, require_divisible, require_model_type, require_positive
@@ -105,7 +105,7 @@ class GPTBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch seq hidden"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
+        mask: masks.Mask,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         n: Tensor = self.ln_1(x + self.attn(x, mask, cache))
@@ -128,9 +128,9 @@ class GPTModel(nn.Module):
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
         cache: Cache | None = None,
-        document_ids: Int[Tensor, "batch seq"] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        tokens = tokens_of_call(input_ids, attention_mask, document_ids, cache)  # (B, S)
+        tokens = tokens_of_call(input_ids, attention_mask, lengths, cache)  # (B, S)
         position_ids = masks.resolve_positions(position_ids, input_ids, tokens)  # (B, T)
         mask = masks.visible(tokens, num_queries=input_ids.shape[1])  # (B, 1, T, S)
 
@@ -164,7 +164,7 @@ class GPT(nn.Module):
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
         cache: Cache | None = None,
-        document_ids: Int[Tensor, "batch seq"] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
         """Logits of the token after each of `input_ids`. Logits at padding mean nothing, but are finite.
 
@@ -173,14 +173,14 @@ class GPT(nn.Module):
             position_ids: by default the number of real tokens before each in its row, cached ones included. They
                 choose rows of the position table: what a token may see follows from its place. One row may serve all.
             cache: earlier tokens of the same rows; these are added to it. Needs torch.no_grad().
-            document_ids: which text each token belongs to, where a row holds several, one behind the other; each sees
-                its own alone, and positions start again. `reference_impl.packing` makes them.
+            lengths: where the one row of `input_ids` is several texts, one behind the other, how many tokens each has.
+                Each sees itself alone, and positions start again. `reference_impl.packing` puts them so.
 
         Raises:
             ValueError: the mask or the positions do not fit `input_ids`, these do not fit `cache`, or a position is
                 beyond `n_positions`.
         """
-        logits: Tensor = self.lm_head(self.transformer(input_ids, attention_mask, position_ids, cache, document_ids))
+        logits: Tensor = self.lm_head(self.transformer(input_ids, attention_mask, position_ids, cache, lengths))
         return logits
 
     def session(self, max_length: int | None = None) -> Session:

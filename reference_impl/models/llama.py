@@ -8,11 +8,11 @@ not implemented: train() and eval() change nothing.
 Shapes: B batch, T tokens of this call, S tokens so far (cached and new).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reference_impl.config import (
@@ -132,7 +132,7 @@ class LlamaDecoderLayer(nn.Module):
         x: Float[Tensor, "batch seq hidden"],
         cos: Float[Tensor, "#batch seq half"],
         sin: Float[Tensor, "#batch seq half"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
+        mask: masks.Mask,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         h: Tensor = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
@@ -156,10 +156,10 @@ class LlamaModel(nn.Module):
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
         cache: Cache | None = None,
-        document_ids: Int[Tensor, "batch seq"] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         config, seq = self.config, input_ids.shape[1]
-        tokens = tokens_of_call(input_ids, attention_mask, document_ids, cache)  # (B, S)
+        tokens = tokens_of_call(input_ids, attention_mask, lengths, cache)  # (B, S)
         position_ids = masks.resolve_positions(position_ids, input_ids, tokens)  # (B or 1, T)
         mask = masks.visible(tokens, num_queries=seq)  # (B, 1, T, S)
 
@@ -195,7 +195,7 @@ class Llama(nn.Module):
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
         cache: Cache | None = None,
-        document_ids: Int[Tensor, "batch seq"] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
         """Logits of the token after each of `input_ids`. Logits at padding mean nothing, but are finite.
 
@@ -204,13 +204,13 @@ class Llama(nn.Module):
             position_ids: by default the number of real tokens before each in its row, cached ones included. They
                 only turn queries and keys: what a token may see follows from its place. One row may serve all.
             cache: earlier tokens of the same rows; these are added to it. Needs torch.no_grad().
-            document_ids: which text each token belongs to, where a row holds several, one behind the other; each sees
-                its own alone, and positions start again. `reference_impl.packing` makes them.
+            lengths: where the one row of `input_ids` is several texts, one behind the other, how many tokens each has.
+                Each sees itself alone, and positions start again. `reference_impl.packing` puts them so.
 
         Raises:
             ValueError: the mask or the positions do not fit `input_ids`, or these do not fit `cache`.
         """
-        logits: Tensor = self.lm_head(self.model(input_ids, attention_mask, position_ids, cache, document_ids))
+        logits: Tensor = self.lm_head(self.model(input_ids, attention_mask, position_ids, cache, lengths))
         return logits
 
     def session(self, max_length: int | None = None) -> Session:

@@ -10,11 +10,11 @@ not implemented: train() and eval() change nothing.
 Shapes: B batch, T tokens of this call, S tokens so far (cached, new), H query heads, KV key/value heads, Dh head_dim.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reference_impl.config import (
@@ -141,7 +141,7 @@ class PhiAttention(AttentionKernel):
         x: Float[Tensor, "batch seq hidden"],
         cos: Float[Tensor, "#batch seq half"],
         sin: Float[Tensor, "#batch seq half"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
+        mask: masks.Mask,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """`cos`, `sin`: from `rotary.tables` for `rotary_dim`. `mask`: True where a query may see a key."""
@@ -180,7 +180,7 @@ class PhiDecoderLayer(nn.Module):
         x: Float[Tensor, "batch seq hidden"],
         cos: Float[Tensor, "#batch seq half"],
         sin: Float[Tensor, "#batch seq half"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
+        mask: masks.Mask,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         normed = self.input_layernorm(x)
@@ -204,10 +204,10 @@ class PhiModel(nn.Module):
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
         cache: Cache | None = None,
-        document_ids: Int[Tensor, "batch seq"] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         config, seq = self.config, input_ids.shape[1]
-        tokens = tokens_of_call(input_ids, attention_mask, document_ids, cache)  # (B, S)
+        tokens = tokens_of_call(input_ids, attention_mask, lengths, cache)  # (B, S)
         position_ids = masks.resolve_positions(position_ids, input_ids, tokens)  # (B or 1, T)
         mask = masks.visible(tokens, num_queries=seq)  # (B, 1, T, S)
         x: Tensor = self.embed_tokens(input_ids)  # (B, T, hidden)
@@ -239,10 +239,10 @@ class Phi(nn.Module):
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
         cache: Cache | None = None,
-        document_ids: Int[Tensor, "batch seq"] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
         """Logits of the token after each of `input_ids`; arguments and errors are those of `models.llama.Llama`."""
-        logits: Tensor = self.lm_head(self.model(input_ids, attention_mask, position_ids, cache, document_ids))
+        logits: Tensor = self.lm_head(self.model(input_ids, attention_mask, position_ids, cache, lengths))
         return logits
 
     def session(self, max_length: int | None = None) -> Session:

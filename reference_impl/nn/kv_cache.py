@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from reference_impl.nn.masks import PaddingMask, Tokens, in_order, real_tokens
+from reference_impl.nn.masks import PaddingMask, Tokens, end_to_end, in_order, real_tokens
 
 Heads = Float[Tensor, "batch kv_heads seq head_dim"]
 
@@ -64,23 +64,21 @@ class Cache(Protocol):
 def tokens_of_call(
     input_ids: Int[Tensor, "batch seq"],
     attention_mask: PaddingMask | None,
-    document_ids: Int[Tensor, "batch seq"] | None,
+    lengths: Sequence[int] | None,
     cache: Cache | None,
 ) -> Tokens:
     """What a model's call may look at: the tokens of `cache`, if there is one, then those of the call.
 
     Raises:
-        ValueError: the mask or the documents do not fit `input_ids`, these do not fit `cache`, or both are given.
+        ValueError: the mask or the lengths do not fit `input_ids`, these do not fit `cache`, or lengths are given with
+            a mask or a cache.
     """
+    if lengths is not None:
+        if attention_mask is not None or cache is not None:
+            raise ValueError("lengths are for texts one behind the other, without padding: give no mask and no cache")
+        return end_to_end(input_ids, lengths)
     real = real_tokens(input_ids, attention_mask)
-    if document_ids is not None and document_ids.shape != input_ids.shape:
-        shapes = f"{tuple(document_ids.shape)} and input_ids {tuple(input_ids.shape)}"
-        raise ValueError(f"document_ids has shape {shapes}: give one number a token")
-    if cache is None:
-        return in_order(real, document_ids)
-    if document_ids is not None:
-        raise ValueError("a cache holds one text a row: give document_ids or a cache, not both")
-    return cache.tokens(real)
+    return in_order(real) if cache is None else cache.tokens(real)
 
 
 class KVCache:

@@ -5,6 +5,7 @@ Masks are boolean with one polarity everywhere: True means *real*, or *may be se
 Shapes: B batch, T tokens of this call (queries), S tokens so far (keys: cached and new, S ≥ T).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,32 +39,66 @@ class Tokens:
     real: which are real tokens; padding is not, nor an empty slot of a cache.
     place: how many real tokens of its text stand before each; of padding, the place of the real token before it, or −1
         if there is none.
-    document: which text each belongs to, where a row holds several; None: each row is one text.
+    lengths: where the one row of the batch is several texts, one behind the other, how many tokens each has; None:
+        every row is one text.
     """
 
     real: Bool[Tensor, "batch keys"]
     place: Int[Tensor, "batch keys"]
-    document: Int[Tensor, "batch keys"] | None = None
+    lengths: tuple[int, ...] | None = None
 
 
-def in_order(real: Bool[Tensor, "batch keys"], document: Int[Tensor, "batch keys"] | None = None) -> Tokens:
-    """The tokens of rows that are stored as they stand in the text; places start again with each document.
+@dataclass(frozen=True)
+class BlockDiagonal:
+    """What the texts of one row may see: each itself alone, by a mask of its own.
 
-    real       0 0 1 1 1        1 1 1 0 0        1 1 1 1 1  of documents  0 0 1 1 1
-    place     −1−1 0 1 2        0 1 2 2 2        0 1 0 1 2
+    Blocks of 2 and 1 tokens stand for the first of these; outside them nothing is stored, and nothing computed.
+
+        1 0 0        1 0
+        1 1 0   →    1 1
+        0 0 1             1
     """
-    place = real.cumsum(dim=-1) - 1  # (B, S)
-    if document is not None:
-        first = torch.ones_like(real)
-        first[:, 1:] = document[:, 1:] != document[:, :-1]
-        before = place + 1 - real.long()  # real tokens before each, in the row
-        place = place - before.masked_fill(~first, 0).cummax(dim=-1).values
-    return Tokens(real, place, document)
+
+    blocks: tuple[Bool[Tensor, "1 1 n n"], ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each text has."""
+        return [block.shape[-1] for block in self.blocks]
 
 
-def visible(
-    tokens: Tokens, *, num_queries: int, sliding_window: int | None = None
-) -> Bool[Tensor, "batch 1 queries keys"]:
+# What queries may see: one mask for the whole batch, or one for each of the texts in its row.
+Mask = Bool[Tensor, "#batch 1 queries keys"] | BlockDiagonal
+
+
+def in_order(real: Bool[Tensor, "batch keys"]) -> Tokens:
+    """The tokens of rows of one text each, stored as they stand in it.
+
+    real       0 0 1 1 1        1 1 1 0 0
+    place     −1−1 0 1 2        0 1 2 2 2
+    """
+    return Tokens(real, real.cumsum(dim=-1) - 1)
+
+
+def end_to_end(input_ids: Int[Tensor, "batch seq"], lengths: Sequence[int]) -> Tokens:
+    """The tokens of one row that holds texts of these lengths, one behind the other, without padding.
+
+        lengths 2 1 3  →  place  0 1 0 0 1 2
+
+    Raises:
+        ValueError: there is not one row, a text is empty, or the texts together are not as long as the row.
+    """
+    if len(input_ids) != 1 or sum(lengths) != input_ids.shape[1] or min(lengths, default=1) < 1:
+        raise ValueError(
+            f"texts of lengths {list(lengths)} have {sum(lengths)} tokens, input_ids has shape "
+            f"{tuple(input_ids.shape)}: give one row (1, {sum(lengths)}), and lengths of at least 1"
+        )
+    places = [torch.arange(length, device=input_ids.device) for length in lengths]
+    place = torch.cat([input_ids.new_empty(0), *places])[None]
+    return Tokens(torch.ones_like(place, dtype=torch.bool), place, tuple(lengths))
+
+
+def visible(tokens: Tokens, *, num_queries: int, sliding_window: int | None = None) -> Mask:
     """Which keys each of the last `num_queries` tokens may see: real ones of its text, not later and not too far back.
 
     Order is told by places alone, so that keys may be stored in any order. With a `sliding_window` of W a query sees W
@@ -73,13 +108,26 @@ def visible(
     between i − W and i", which could be W + 1 keys; here and in Hugging Face they are i − W + 1 … i, W keys, as many as
     the paper's rolling buffer holds. Layers stack: after L of them a token has been reached by L · (W − 1) before it.
     """
-    first_query = tokens.real.shape[1] - num_queries
-    query, key = tokens.place[:, first_query:, None], tokens.place[:, None, :]  # (B, T, 1), (B, 1, S)
+    if tokens.lengths is None:
+        return visible_in_rows(tokens, num_queries=num_queries, sliding_window=sliding_window)
+    parts = zip(tokens.real.split(tokens.lengths, dim=1), tokens.place.split(tokens.lengths, dim=1), strict=True)
+    return BlockDiagonal(
+        tuple(
+            visible_in_rows(Tokens(real, place), num_queries=real.shape[1], sliding_window=sliding_window)
+            for real, place in parts
+        )
+    )
+
+
+def visible_in_rows(
+    tokens: Tokens, *, num_queries: int, sliding_window: int | None = None
+) -> Bool[Tensor, "batch 1 queries keys"]:
+    """`visible` for rows of one text each."""
+    query = tokens.place[:, tokens.place.shape[1] - num_queries :, None]  # (B, T, 1)
+    key = tokens.place[:, None, :]  # (B, 1, S)
     may_see = (key <= query) & tokens.real[:, None, :]  # (B, T, S)
     if sliding_window is not None:
         may_see = may_see & (key > query - sliding_window)
-    if tokens.document is not None:
-        may_see = may_see & (tokens.document[:, first_query:, None] == tokens.document[:, None, :])
     return may_see[:, None]  # (B, 1, T, S): the same for every head
 
 
@@ -134,7 +182,7 @@ def causal(num_queries: int, num_keys: int, device: torch.device | None = None) 
 def visible_keys(
     real: Bool[Tensor, "batch keys"], *, num_queries: int, sliding_window: int | None = None
 ) -> Bool[Tensor, "batch 1 queries keys"]:
-    """`visible` for rows of one text each, stored in order.
+    """`visible` for rows of one text each, stored as they stand in it.
 
     Only real tokens are counted, so that padding inside a row takes no place in the window. With W = 3, for the last
     two of five tokens, all real, and with the third one padding:
@@ -142,4 +190,4 @@ def visible_keys(
         1 1 1 1 1  →  0 1 1 1 0        1 1 0 1 1  →  1 1 0 1 0
                       0 0 1 1 1                      0 1 0 1 1
     """
-    return visible(in_order(real), num_queries=num_queries, sliding_window=sliding_window)
+    return visible_in_rows(in_order(real), num_queries=num_queries, sliding_window=sliding_window)

@@ -174,34 +174,36 @@ def test_padding_takes_no_place_in_a_window():
 # --- several texts in a row, and keys in another order
 
 
-def test_places_start_again_with_each_document():
-    real = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 0]]).bool()
-    document = torch.tensor([[0, 0, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1]])
-    assert masks.in_order(real, document).place.tolist() == [[0, 1, 0, 0, 1, 2], [-1, 0, 1, -1, 0, 0]]
+def blocks(lengths, **options):
+    """What the texts of one row see, as 0 and 1, text by text."""
+    tokens = masks.end_to_end(torch.zeros(1, sum(lengths), dtype=torch.long), lengths)
+    mask = masks.visible(tokens, num_queries=sum(lengths), **options)
+    assert mask.lengths == list(lengths)
+    return [block[0, 0].long().tolist() for block in mask.blocks]
 
 
-def test_a_document_sees_itself_alone():
-    """Documents of 2, 1 and 3 tokens; the one of a single token stands between two others."""
-    tokens = masks.in_order(torch.ones(1, 6, dtype=torch.bool), torch.tensor([[0, 0, 1, 2, 2, 2]]))
-    expected = torch.tensor(
-        [
-            [1, 0, 0, 0, 0, 0],
-            [1, 1, 0, 0, 0, 0],
-            [0, 0, 1, 0, 0, 0],
-            [0, 0, 0, 1, 0, 0],
-            [0, 0, 0, 1, 1, 0],
-            [0, 0, 0, 1, 1, 1],
-        ]
-    ).bool()
-    assert torch.equal(masks.visible(tokens, num_queries=6), expected[None, None])
+def test_places_start_again_with_each_text():
+    tokens = masks.end_to_end(torch.zeros(1, 6, dtype=torch.long), [2, 1, 3])
+    assert tokens.place.tolist() == [[0, 1, 0, 0, 1, 2]]
+    assert tokens.real.all()
 
 
-def test_a_window_lies_inside_a_document():
-    tokens = masks.in_order(torch.ones(1, 5, dtype=torch.bool), torch.tensor([[0, 0, 1, 1, 1]]))
-    expected = torch.tensor(
-        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
-    ).bool()
-    assert torch.equal(masks.visible(tokens, num_queries=5, sliding_window=2), expected[None, None])
+def test_a_text_sees_itself_alone():
+    assert blocks([2, 1, 3]) == [[[1, 0], [1, 1]], [[1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
+
+
+def test_a_window_lies_inside_a_text():
+    assert blocks([1, 3], sliding_window=2) == [[[1]], [[1, 0, 0], [1, 1, 0], [0, 1, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "lengths"), [((1, 5), [2, 2]), ((1, 5), [5, 0]), ((2, 5), [5]), ((1, 5), [6, -1]), ((1, 0), [0])]
+)
+def test_texts_that_do_not_fill_one_row_are_refused_with_both_numbers(shape, lengths):
+    with pytest.raises(
+        ValueError, match=rf"have {sum(lengths)} tokens, input_ids has shape \({shape[0]}, {shape[1]}\)"
+    ):
+        masks.end_to_end(torch.zeros(shape, dtype=torch.long), lengths)
 
 
 def test_keys_may_be_stored_in_any_order():
