@@ -359,7 +359,8 @@ def test_claims_are_of_checks_that_exist_and_what_they_need_is_stored(recipe: Re
 
 @both_families
 def test_every_check_is_claimed_by_some_case(family: Family) -> None:
-    of_models = {check for check in checks() if not check.startswith("component.")}
+    elsewhere = {"golden.auxiliary_losses"}
+    of_models = {check for check in checks() if not check.startswith("component.")} - elsewhere
     assert {check for recipe in family.recipes for check in recipe.claims} == of_models
 
 

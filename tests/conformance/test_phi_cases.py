@@ -266,7 +266,8 @@ def test_field_case_knows_what_ignoring_its_field_gives(recipe: Recipe) -> None:
 
 
 def test_every_check_is_claimed_by_some_case() -> None:
-    of_models = {check for check in checks() if not check.startswith("component.")}
+    elsewhere = {"golden.auxiliary_losses", "cache.constant_state"}
+    of_models = {check for check in checks() if not check.startswith("component.")} - elsewhere
     assert {check for recipe in FAMILY.recipes for check in recipe.claims} == of_models
 
 
