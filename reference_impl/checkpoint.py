@@ -28,6 +28,7 @@ from reference_impl.stored_tensors import (
 
 # model_type in config.json → module, config class and model class of the family.
 FAMILIES = {
+    "gnmt": ("reference_impl.models.gnmt", "GNMTConfig", "GNMT"),
     "gpt2": ("reference_impl.models.gpt2", "GPT2Config", "GPT2"),
     "gpt3": ("reference_impl.models.gpt3", "GPT3Config", "GPT3"),
     "llama": ("reference_impl.models.llama", "LlamaConfig", "Llama"),
@@ -36,6 +37,7 @@ FAMILIES = {
     "openai-gpt": ("reference_impl.models.gpt", "GPTConfig", "GPT"),
     "marian": ("reference_impl.models.transformer", "TransformerConfig", "Transformer"),
     "phi": ("reference_impl.models.phi", "PhiConfig", "Phi"),
+    "rnn_search": ("reference_impl.models.rnn_search", "RNNSearchConfig", "RNNSearch"),
     "transformer": ("reference_impl.models.transformer", "TransformerConfig", "Transformer"),
 }
 

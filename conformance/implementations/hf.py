@@ -42,6 +42,8 @@ class HuggingFaceModels:
         model_type = checkpoint.config["model_type"]
         if model_type == "transformer":
             raise Unsupported("MarianMTModel has all sines before all cosines, not the paper's alternating order")
+        if checkpoint.config.get("reorder_and_upcast_attn") and checkpoint.dtype == torch.float64:
+            raise Unsupported("reorder_and_upcast_attn insists on torch.float32, by a guard in the library")
         loader = AutoModelForSeq2SeqLM if checkpoint.config.get("is_encoder_decoder") else AutoModelForCausalLM
         model = loader.from_pretrained(
             checkpoint.path, dtype=checkpoint.dtype, attn_implementation=self.attention, **SETTINGS.get(model_type, {})
