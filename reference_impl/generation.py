@@ -9,7 +9,8 @@ each row's first real token, and no token looks at padding. Each row is what it 
 Shapes: B batch, T tokens of the longest prompt, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,11 +140,11 @@ def _steps(
     generator: torch.Generator | None,
     prefill_chunk: int | None,
 ) -> Iterator[Step]:
-    session = model.session(max_length=ids.shape[1] + max_new_tokens)  # type: ignore[operator]
+    feed = open_session(model, max_length=ids.shape[1] + max_new_tokens, padded=not bool(mask.all()))
     active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
         for piece, real in zip(*(t.split(prefill_chunk or t.shape[1], dim=1) for t in (ids, mask)), strict=True):
-            logits = session.feed(piece, real)
+            logits = feed(piece, real)
         tokens, log_probs = choose(logits[:, -1], sampling, generator)  # (B,)
         yield Step(tokens.masked_fill(~active, 0), log_probs.masked_fill(~active, 0), active)
         active = active & ~torch.isin(tokens, stops)
@@ -151,6 +152,24 @@ def _steps(
             return
         # a row that has stopped is fed padding, which takes part in nothing
         ids, mask = tokens.masked_fill(~active, 0)[:, None], active[:, None]
+
+
+def open_session(model: nn.Module, *, max_length: int, padded: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """What feeds a new session of the model: takes ids and which of them are real, returns logits.
+
+    Not every family has a memory whose size can be fixed, or knows padding (Transformer-XL has neither). A row that has
+    stopped is of no importance to the others, so that its padding need not be known.
+
+    Raises:
+        ValueError: there is padding, and the model does not know it.
+    """
+    open_: Any = model.session
+    session = open_(max_length=max_length) if "max_length" in inspect.signature(open_).parameters else open_()
+    if "attention_mask" in inspect.signature(session.feed).parameters:
+        return session.feed  # type: ignore[no-any-return]
+    if padded:
+        raise ValueError(f"{type(model).__name__} knows no padding: give one prompt, or prompts of the same length")
+    return lambda ids, real: session.feed(ids)
 
 
 def choose(

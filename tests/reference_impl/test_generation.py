@@ -1,5 +1,7 @@
 """Generation: what one row would get alone, stopping, drawing, log-probabilities, refusals."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -17,7 +19,9 @@ SHARED = {
 MODELS = {
     "llama": lambda: Llama(LlamaConfig(**SHARED)),
     "mistral": lambda: Mistral(MistralConfig(**SHARED, sliding_window=3)),
-    "gpt2": lambda: GPT2(GPT2Config(vocab_size=VOCAB, n_embd=12, n_head=3, n_layer=2, n_positions=20)),
+    "gpt2": lambda: GPT2(
+        GPT2Config(vocab_size=VOCAB, n_embd=12, n_head=3, n_layer=2, n_positions=20, tie_word_embeddings=False)
+    ),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -26,8 +30,9 @@ def model_of(name="llama", dtype=torch.float64):
     model = MODELS[name]()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(generator=generator).mul_(0.7)
+        for parameter_name, parameter in model.named_parameters():
+            # large biases would let one token win everywhere
+            parameter.normal_(generator=generator).mul_(0.05 if parameter_name.endswith("bias") else 0.7)
     return model.to(dtype).eval()
 
 
@@ -234,3 +239,42 @@ def test_numbers_out_of_range_are_refused_at_once(options):
 def test_a_text_longer_than_the_positions_ends_in_an_error_that_says_so():
     with pytest.raises(ValueError, match="n_positions=20"):
         generate(model_of("gpt2"), PROMPTS, max_new_tokens=14)
+
+
+def test_a_stopped_row_takes_no_positions():
+    """A row of 19 tokens that stops at once, beside one that goes on for 15 steps, in a table of 20 positions."""
+    model = model_of("gpt2")
+    long, short = [21] * 19, [0]
+    stop = generate(model, [long], max_new_tokens=1)[0].ids[0]
+    rows = generate(model, [long, short], max_new_tokens=15, stop_tokens={stop})
+    assert rows[0].ids == [stop]
+    assert rows[1].ids == generate(model, [short], max_new_tokens=15, stop_tokens={stop})[0].ids
+    assert len(rows[1].ids) == 15
+
+
+# --- a family that knows no padding, and whose memory is of one size
+
+
+class Unpadded(torch.nn.Module):
+    """A Llama whose sessions take neither a mask nor a length."""
+
+    def __init__(self):
+        super().__init__()
+        self.llama = model_of()
+        self.config = self.llama.config
+
+    def session(self):
+        session = self.llama.session()
+        return SimpleNamespace(feed=lambda input_ids: session.feed(input_ids))
+
+
+def test_prompts_of_one_length_need_no_padding():
+    prompts = [prompt[:2] for prompt in PROMPTS]
+    stop = generate(model_of(), prompts, max_new_tokens=9)[0].ids[2]
+    expected = generate(model_of(), prompts, max_new_tokens=9, stop_tokens={stop})
+    assert generate(Unpadded(), prompts, max_new_tokens=9, stop_tokens={stop}) == expected
+
+
+def test_padding_that_a_model_does_not_know_is_refused():
+    with pytest.raises(ValueError, match="Unpadded knows no padding: give one prompt, or prompts of the same length"):
+        generate(Unpadded(), PROMPTS, max_new_tokens=2)
