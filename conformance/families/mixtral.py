@@ -94,7 +94,7 @@ _UNBALANCED_IDS = (
 def _field(field: str, label: str, changes: dict[str, Any], *, also: dict[str, Config] | None = None) -> Recipe:
     config = _config(**changes)
     recipe = field_case("mixtral", field, label, config, _config(), tensor_shapes, also=also)
-    return replace(recipe, weights=_PLAIN, claims=_MODEST)
+    return replace(recipe, weights=_PLAIN, claims={**recipe.claims, **_MODEST})
 
 
 _LINEAR = {"rope_type": "linear", "rope_theta": _DEFAULT_THETA, "factor": 4.0}

@@ -84,6 +84,11 @@ class Model:
             else with_losses(self.model, arguments, labels, next_token_loss)
         )
 
+    def packed(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        from reference_impl.packing import packed
+
+        return packed(self.model, input_ids, lengths)
+
 
 class EncoderDecoderModel:
     """An encoder–decoder model behind the contract, with its loss."""

@@ -247,11 +247,10 @@ class SwitchTransformer(nn.Module):
     ) -> Float[Tensor, "batch target vocab"]:
         """Logits of the token after each of `decoder_input_ids`, which come after those in `cache`."""
         real = masks.real_tokens(decoder_input_ids, decoder_attention_mask)  # (B, T)
+        tokens = masks.in_order(real) if cache is None else cache.tokens(real)  # (B, K)
+        hidden = self.decoder(decoder_input_ids, tokens.real, memory, source_real, cache)
         if cache is not None:
-            real = cache.extended(real)  # (B, K)
-        hidden = self.decoder(decoder_input_ids, real, memory, source_real, cache)
-        if cache is not None:
-            cache.commit(real)
+            cache.commit(tokens)
         if self.config.tie_word_embeddings:
             hidden = hidden * self.config.d_model**-0.5  # as T5's code; embeddings on their way in are not scaled
         logits: Tensor = self.lm_head(hidden)

@@ -250,15 +250,14 @@ class EncoderDecoder(nn.Module):
         cache: KVCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
-        if cache is not None:
-            real = cache.extended(real)  # (B, S)
-        x = self.decoder.embed(input_ids, real)
-        mask = masks.visible_keys(real, num_queries=input_ids.shape[1])  # (B, 1, T, S)
+        tokens = masks.in_order(real) if cache is None else cache.tokens(real)  # (B, S)
+        x = self.decoder.embed(input_ids, tokens.real)
+        mask = masks.visible(tokens, num_queries=input_ids.shape[1])  # (B, 1, T, S)
         layer_caches = [None] * len(self.decoder.layers) if cache is None else cache.layers
         for layer, pair, layer_cache in zip(self.decoder.layers, memory, layer_caches, strict=True):
             x = layer(x, mask, pair, all_real(source_real), layer_cache)
         if cache is not None:
-            cache.commit(real)
+            cache.commit(tokens)
         return x
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reference_impl.nn import rotary
 from reference_impl.nn.kv_cache import LayerCache
+from reference_impl.nn.masks import BlockDiagonal, Mask
 
 
 def split_heads(x: Float[Tensor, "batch seq features"], head_dim: int) -> Float[Tensor, "batch heads seq head_dim"]:
@@ -121,10 +122,17 @@ class AttentionKernel(nn.Module):
         query: Float[Tensor, "batch heads queries head_dim"],
         key: Float[Tensor, "batch kv_heads keys head_dim"],
         value: Float[Tensor, "batch kv_heads keys head_dim"],
-        mask: Bool[Tensor, "#batch 1 queries keys"],
+        mask: Mask,
         bias: Float[Tensor, "#batch heads queries keys"] | None = None,
     ) -> Float[Tensor, "batch heads queries head_dim"]:
-        """Mixes the values that each query may see; `bias` is added to the scaled scores."""
+        """Mixes the values that each query may see; `bias` is added to the scaled scores.
+
+        Texts that share a row are attended to one by one, without a bias.
+        """
+        if isinstance(mask, BlockDiagonal):
+            assert bias is None
+            texts = zip(*(heads.split(mask.lengths, dim=2) for heads in (query, key, value)), mask.blocks, strict=True)
+            return torch.cat([query[:, :, :0], *(self.attend(*text) for text in texts)], dim=2)
         key, value = (repeat_key_value_heads(heads, query.shape[1]) for heads in (key, value))  # (B, H, S, Dh)
         if self.attention == "sdpa":
             return fused_attention(query, key, value, mask, self.scale, bias)
@@ -177,7 +185,7 @@ class GroupedQueryAttention(AttentionKernel):
         x: Float[Tensor, "batch seq hidden"],
         cos: Float[Tensor, "#batch seq half"],
         sin: Float[Tensor, "#batch seq half"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
+        mask: Mask,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """`cos`, `sin`: from `rotary.tables`, for the tokens of `x`. `mask`: True where a query may see a key."""
