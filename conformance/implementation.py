@@ -38,6 +38,8 @@ BUILT_IN = {
 # What a model may return beside its logits: the whole loss, and what a router adds to it (before its coefficient).
 LOSSES = ("loss", "aux_loss", "z_loss")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+# The dtype of a claim about ids and text.
+EXACT = "exact"
 
 
 class Unsupported(Exception):
@@ -177,6 +179,8 @@ class Checkpoint:
     config: the content of config.json.
     dtype, device: what the model must run in and on.
     tensors(): hub name -> weight in that dtype on that device, fresh copies.
+
+    A tokenizer's directory holds its files (`files`, by name) instead of weights.
     """
 
     def __init__(
@@ -185,6 +189,7 @@ class Checkpoint:
         weights: "dict[str, Tensor]",
         dtype: "torch.dtype",
         device: "torch.device",
+        files: Mapping[str, bytes] | None = None,
     ):
         self.config, self.dtype, self.device = copy.deepcopy(config), dtype, device
         from safetensors.torch import save_file
@@ -197,7 +202,10 @@ class Checkpoint:
         self.path = Path(tempfile.mkdtemp(prefix="conformance-checkpoint-", dir=os.environ.get("CONFORMANCE_SCRATCH")))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         write_json(self.path / "config.json", self.config)
-        save_file(weights, self.path / "model.safetensors", metadata={"format": "pt"})
+        if files is None:
+            save_file(weights, self.path / "model.safetensors", metadata={"format": "pt"})
+        for name, content in (files or {}).items():
+            (self.path / name).write_bytes(content)
 
     def tensors(self) -> "dict[str, Tensor]":
         return {

@@ -33,6 +33,7 @@ COMPONENTS = (
     "sparse_moe",
     "switch_ffn",
 )
+TOKENIZERS = ("sentencepiece_bpe", "byte_level_bpe")
 MODELS = (
     "rnn_search",
     "gnmt",
@@ -47,7 +48,7 @@ MODELS = (
     "mixtral",
     "phi",
 )
-FAMILIES = (*COMPONENTS, *MODELS)
+FAMILIES = (*COMPONENTS, *TOKENIZERS, *MODELS)
 
 Config = dict[str, Any]
 
@@ -234,8 +235,61 @@ class Component:
         return frozenset(name for recipe in self.recipes for name in recipe.weights)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecipe:
+    """How one case of a tokenizer is made.
+
+    settings: what config.json and the tokenizer's files say.
+    vocabulary: label of the vocabulary, as the family knows it.
+    texts: group -> texts that are encoded; the check of a group has its name.
+    tokens: group -> rows of tokens by name, beside those of the texts, that are decoded.
+    disputed: groups in which the family's second oracle is known to differ.
+    claims, field, counterfactuals: as in Recipe (label -> settings); the one dtype of claims is "exact".
+    """
+
+    name: str
+    summary: str
+    settings: Config
+    vocabulary: str
+    texts: Mapping[str, tuple[str, ...]]
+    tokens: Mapping[str, tuple[tuple[str, ...], ...]] = dataclasses.field(default_factory=dict)
+    disputed: frozenset[str] = frozenset()
+    claims: Mapping[str, tuple[str, ...]]
+    field: str | None = None
+    counterfactuals: Mapping[str, Config] = dataclasses.field(default_factory=dict)
+    last_rows: None = None
+
+    @property
+    def config(self) -> Config:
+        return self.settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """A way to turn text into ids and back.
+
+    rules: what it does, in a few lines.
+    oracle: what decides, for people.
+    files: vocabulary, settings -> the files that a candidate is given, by name, all saying the same.
+    truth, second: the files -> the oracle, and one that must agree where nothing is disputed (None: there is none).
+    comes_back_as: character -> what `decode` gives for it, where that is not the character itself.
+    """
+
+    name: str
+    title: str
+    paper: str
+    rules: str
+    oracle: str
+    recipes: tuple[TokenizerRecipe, ...]
+    files: Callable[[str, Config], dict[str, bytes]]
+    truth: Callable[[dict[str, bytes]], Any]
+    second: Callable[[dict[str, bytes]], Any] | None = None
+    fields: tuple[ConfigField, ...] = ()
+    comes_back_as: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
 def get(name: str) -> Any:
-    """The Family or Component called `name`.  Raises: ValueError naming those there are."""
+    """The Family, Component or Tokenizer called `name`.  Raises: ValueError naming those there are."""
     if name not in FAMILIES:
         raise ValueError(f"unknown family {name!r}; there is {', '.join(FAMILIES)}")
     return import_module(f"conformance.families.{name}").FAMILY

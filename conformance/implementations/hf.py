@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conformance.families import TOKENIZERS
 from conformance.implementation import Unsupported
 from conformance.oracles import oracle_missing
 
@@ -37,7 +38,8 @@ class HuggingFaceModels:
     def families(self) -> frozenset[str]:
         """Those whose model the installed release has."""
         families = HUB_FAMILIES if self.attention == "eager" else HUB_FAMILIES - EAGER_ONLY
-        return frozenset(family for family in families if oracle_missing(family) is None)
+        tokenizers = frozenset(TOKENIZERS if self.attention == "eager" else ())
+        return tokenizers | frozenset(family for family in families if oracle_missing(family) is None)
 
     @property
     def name(self) -> str:
@@ -45,7 +47,9 @@ class HuggingFaceModels:
 
         return f"transformers {version('transformers')}, {self.attention}"
 
-    def load(self, checkpoint: Any) -> "Model | EncoderDecoderModel | TransformerXLModel":
+    def load(self, checkpoint: Any) -> "Model | EncoderDecoderModel | TransformerXLModel | Tokenizer":
+        if "tokenizer" in checkpoint.config:
+            return Tokenizer(checkpoint.path)
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
         from transformers.utils import logging
 
@@ -198,6 +202,46 @@ class TransformerXLSession:
 
     def state_bytes(self) -> int:
         return sum(layer.numel() * layer.element_size() for layer in self.memory)
+
+
+class Tokenizer:
+    """`AutoTokenizer.from_pretrained`, which builds the class that tokenizer_config.json names."""
+
+    def __init__(self, path: Any):
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def encode(self, text: str, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+        return self.tokenizer.encode(  # type: ignore[no-any-return]
+            text, add_special_tokens=add_special_tokens, split_special_tokens=not parse_special
+        )
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]
+
+    def decoder(self) -> "TokenStream":
+        return TokenStream(self.tokenizer)
+
+
+class TokenStream:
+    """The `tokenizers` library's DecodeStream; what it still holds at the end is what it has not given of the whole."""
+
+    def __init__(self, tokenizer: Any):
+        from tokenizers.decoders import DecodeStream
+
+        self.tokenizer, self.stream = tokenizer, DecodeStream(skip_special_tokens=True)
+        self.ids: list[int] = []
+        self.given = ""
+
+    def feed(self, token_id: int) -> str:
+        self.ids.append(token_id)
+        text = self.stream.step(self.tokenizer.backend_tokenizer, token_id) or ""
+        self.given += text
+        return text
+
+    def finish(self) -> str:
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)[len(self.given) :]  # type: ignore[no-any-return]
 
 
 def by_hub_name(model: Any) -> dict[str, torch.nn.Parameter]:

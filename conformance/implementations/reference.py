@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from conformance.component import WEIGHTS, flat
 from conformance.families import FAMILIES, get
+from conformance.implementation import Unsupported
 from conformance.oracles.true_double import TrueDouble
 from conformance.probes import at_module_boundaries, canonical
 
@@ -34,9 +36,18 @@ class Reference:
 
         if name := checkpoint.config.get("component"):
             return self._component(name, checkpoint)
+        if "tokenizer" in checkpoint.config:
+            return self._tokenizer(checkpoint)
         return adapted(
             load_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device, attention=self.attention)
         )
+
+    def _tokenizer(self, checkpoint: Any) -> Any:
+        from reference_impl.tokenizer import load_tokenizer
+
+        if (checkpoint.path / "tokenizer.model").exists() and find_spec("sentencepiece") is None:
+            raise Unsupported("reading tokenizer.model needs the `tokenizer` extra: sentencepiece and protobuf")
+        return load_tokenizer(checkpoint.path)
 
     def _component(self, name: str, checkpoint: Any) -> Any:
         return lambda **arguments: component(get(name), arguments, checkpoint.config)
@@ -206,6 +217,15 @@ def auxiliary_losses(
     with TrueDouble(), torch.no_grad():
         returned = adapted(build(config, weights))(input_ids, labels=labels, **optional)
     return {name: value for name, value in returned.items() if name not in ("logits", "loss")}
+
+
+def tokenizer(config: "Config", files: dict[str, bytes]) -> Any:
+    """The reference's tokenizer of these files."""
+    from conformance.implementation import Checkpoint
+
+    return Reference("eager").load(
+        Checkpoint({"tokenizer": "", **config}, {}, torch.float32, torch.device("cpu"), files)
+    )
 
 
 def component(family: "Component", tensors: dict[str, Tensor], settings: "Config") -> dict[str, Tensor]:

@@ -34,8 +34,14 @@ LEFT = (torch.arange(SEQ) >= torch.tensor([[4], [0], [12]])).long()
 RIGHT = LEFT.flip(1)
 SOURCE = torch.tensor([[7, 3, 10, 4, 4, 1, 8], [6, 2, 9, 11, 0, 5, 3], [12, 1, 1, 9, 7, 2, 6]])
 SOURCE_LEFT = (torch.arange(7) >= torch.tensor([[0], [6], [3]])).long()
-# At once, one by one, growing and shrinking; windows have 5 or 6 keys, and pieces are shorter, longer, and as long.
-PLANS = [(13,), (1,) * 13, (4, 1, 7, 1), (1, 2, 10), (12, 1), (5, 5, 3), (2, 9, 2)]
+# At once, one by one, growing, shrinking, with an empty piece.  Windows have 5 or 6 keys; pieces are shorter, longer
+# and as long.
+PLANS = [(13,), (1,) * 13, (4, 1, 7, 1), (1, 2, 10), (12, 1), (5, 5, 3), (2, 9, 2), (4, 0, 9)]
+
+
+def source_mask(mask: Tensor | None) -> Tensor:
+    """The source's, which is padded on the right if the target is."""
+    return SOURCE_LEFT.flip(1) if mask is RIGHT else SOURCE_LEFT
 
 
 @dataclass(frozen=True)
@@ -79,20 +85,26 @@ class Subject:
     def model(self, attention: str = "eager", dtype: torch.dtype = torch.float64) -> nn.Module:
         return loaded(self.family, attention, dtype)
 
-    def logits(self, model: nn.Module, ids: Tensor, mask: Tensor | None = None, row: int | None = None) -> Tensor:
-        """row: the one whose source it is; None for all rows."""
+    def logits(self, model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Of all rows; sources are padded on the side that targets are."""
         if not self.decodes:
             return model(ids) if mask is None else model(ids, mask)
         given = {} if mask is None else {"decoder_attention_mask": mask}
-        rows = slice(None) if row is None else slice(row, row + 1)
-        return model(SOURCE[rows], SOURCE_LEFT[rows], decoder_input_ids=ids, **given)
+        return model(SOURCE, source_mask(mask), decoder_input_ids=ids, **given)
 
-    def session(self, model: nn.Module, *limit: int) -> Any:
-        source = (SOURCE, SOURCE_LEFT) if self.decodes else ()
+    def alone(self, model: nn.Module, row: int, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits of one row's ids and its source without padding."""
+        if not self.decodes:
+            return model(ids[None])[0]
+        source = SOURCE[row, source_mask(mask)[row].bool()]
+        return model(source[None], decoder_input_ids=ids[None])[0]
+
+    def session(self, model: nn.Module, *limit: int, mask: Tensor | None = None) -> Any:
+        source = (SOURCE, source_mask(mask)) if self.decodes else ()
         return model.session(*source, *limit)
 
     def in_pieces(self, model: nn.Module, plan: tuple[int, ...], mask: Tensor | None = None, *limit: int) -> Tensor:
-        session, outputs, start = self.session(model, *limit), [], 0
+        session, outputs, start = self.session(model, *limit, mask=mask), [], 0
         for size in plan:
             piece = slice(start, start + size)
             outputs.append(session.feed(IDS[:, piece], *(() if mask is None else (mask[:, piece],))))
@@ -230,7 +242,7 @@ def test_a_padded_row_is_as_if_it_stood_alone(subject: Subject, mask: Tensor, at
     logits = subject.logits(model, IDS, mask)
     for row in range(3):
         real = mask[row].bool()
-        close(logits[row, real], subject.logits(model, IDS[row : row + 1, real], row=row)[0])
+        close(logits[row, real], subject.alone(model, row, IDS[row, real], mask))
 
 
 @subjects("padded", "decodes")
@@ -252,11 +264,12 @@ def test_ids_at_padding_do_not_matter(subject: Subject, mask: Tensor) -> None:
 
 
 @both_kernels
+@either_side
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @subjects("padded")
-def test_padding_makes_no_gradient_nan(subject: Subject, dtype: torch.dtype, attention: str) -> None:
+def test_padding_makes_no_gradient_nan(subject: Subject, dtype: torch.dtype, mask: Tensor, attention: str) -> None:
     model = copy.deepcopy(subject.model(attention, dtype))
-    subject.logits(model, IDS, LEFT)[LEFT.bool()].sum().backward()
+    subject.logits(model, IDS, mask)[mask.bool()].sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     unused = {name for name, gradient in gradients.items() if gradient is None}
     assert all("expert" in name for name in unused)
@@ -315,8 +328,8 @@ def test_rows_of_unequal_length_go_on_from_their_own_last_token(subject: Subject
     session.feed(IDS[:, :4], torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]]))
     continued = session.feed(IDS[:, 4:])
     for row, real in enumerate(([0, 1], [0, 1, 2, 3], [1, 2])):
-        alone = subject.logits(model, IDS[row : row + 1, [*real, *range(4, SEQ)]], row=row)
-        close(continued[row], alone[0, len(real) :])
+        alone = subject.alone(model, row, IDS[row, [*real, *range(4, SEQ)]])
+        close(continued[row], alone[len(real) :])
 
 
 @subjects("limited")
