@@ -192,7 +192,7 @@ def _recipes() -> tuple[Recipe, ...]:
         ),
         dataclasses.replace(
             _field(
-                "same_length-window", {"mem_len": 4}, also={"every query shown mem_len + 1 keys": _config(mem_len=5)}
+                "mem_len-window", {"mem_len": 4}, also={"every query shown mem_len + 1 keys": _config(mem_len=5)}
             ),
             summary="plain with a memory so short that same_length hides keys, in one call and in many",
         ),
