@@ -131,7 +131,8 @@ def _case(name: str) -> str:
 
 def _size(recipe: Recipe) -> str:
     decoded = "" if recipe.target is None else f", {recipe.target} decoded"
-    return f"Batch {recipe.batch}, sequence {recipe.seq}{decoded}."
+    pieces = f", fed in segments of {', '.join(map(str, recipe.segments))}" if recipe.segments else ""
+    return f"Batch {recipe.batch}, sequence {recipe.seq}{decoded}{pieces}."
 
 
 def _check(name: str, documentation: str) -> str:

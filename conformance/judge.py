@@ -225,7 +225,9 @@ def _explain(session: Judge, result: Result) -> None:
         except Exception as error:
             result.notes.append(f"not localised: {type(error).__name__}: {error}")
     elif session.forward_is_right and result.claim.check != "golden.blocks":
-        result.notes.append(f"{forward} passes: the same rows are right without {result.claim.check.split('.')[1]}")
+        group, _, what = result.claim.check.partition(".")
+        what = "packing" if group == "packed" else what
+        result.notes.append(f"{forward} passes: the same rows are right without {what}")
 
 
 def _raised(claim: Claim, raised: CandidateRaised) -> Result:

@@ -2,7 +2,7 @@
 
 `make` writes a case only if it deserves to be one (see `model.derive`).  `verify` rebuilds every case and compares:
 recipe, configuration, weights and inputs byte for byte, expected values to 1e-13, the oracle's own error to a factor
-of 2.  Both need transformers and reference_impl.
+of 2.  Both need transformers, of a release that has the family's model, and reference_impl.
 """
 
 import shutil

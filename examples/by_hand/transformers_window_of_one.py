@@ -1,6 +1,6 @@
 """Mistral's dynamic cache of transformers keeps every key when the window is one key: decoding attends to all of them.
 
-    python examples/by_hand/transformers_window_of_one.py
+python examples/by_hand/transformers_window_of_one.py
 """
 
 import torch
