@@ -128,6 +128,8 @@ class Family:
     module_kinds: name of a weight's module -> what kind of weight it is (`conformance.draws.KINDS`), for modules whose
         names do not say it.
     copies: name of a tensor -> of the one that it repeats, for what a checkpoint holds twice.
+    whole_rows_only: config, length of the longest sequence -> whether logits may depend on padding, and on the pieces
+        in which a text is fed (experts that have no room for all).
     """
 
     name: str
@@ -153,6 +155,7 @@ class Family:
     positions_key: str = "max_position_embeddings"
     module_kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    whole_rows_only: Callable[[Config, int], bool] = lambda config, longest: False
 
 
 @dataclass(frozen=True, kw_only=True)

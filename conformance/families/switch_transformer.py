@@ -442,4 +442,5 @@ FAMILY = Family(
     layers_key="num_layers",
     module_kinds={"shared": "embedding"},
     copies=_COPIES,
+    whole_rows_only=lambda config, longest: bool(config.get("expert_capacity", 64) < longest),
 )  # fmt: skip

@@ -7,8 +7,6 @@ import torch
 
 from conformance.families import Recipe, get
 from conformance.golden.model import draw_inputs, draw_weights
-from conformance.probes import VOCABULARY, word
-from conformance.suite import checks
 
 FAMILY = get("transformer_xl")
 RECIPES = {recipe.name: recipe for recipe in FAMILY.recipes}
@@ -87,31 +85,6 @@ def test_every_cluster_is_read_and_predicted(recipe: Recipe) -> None:
     if "segment_gradients" in recipe.store:
         last = ids[:, -recipe.segments[-1] :]
         assert set(cluster_of(last[:, 1:], recipe).flatten().tolist()) == clusters
-
-
-@every_recipe
-def test_nothing_is_at_its_initial_value_and_no_two_tensors_are_alike(recipe: Recipe) -> None:
-    weights = draw_weights(FAMILY, recipe)
-    assert [name for name, tensor in weights.items() if tensor.numel() > 1 and tensor.unique().numel() == 1] == []
-    pairs = combinations([t for t in weights.values() if t.numel() > 4], 2)
-    assert not any(a.shape == b.shape and a.equal(b) for a, b in pairs)
-
-
-@every_recipe
-def test_dropout_is_on_in_config_wherever_it_is_said(recipe: Recipe) -> None:
-    assert recipe.config.get("dropout", 1) > 0
-    assert recipe.config.get("dropatt", 1) > 0
-
-
-@every_recipe
-def test_claims_are_checks_and_probes_are_in_the_vocabulary(recipe: Recipe) -> None:
-    assert recipe.claims.keys() <= checks().keys()
-    assert all(word(spec.name) in VOCABULARY for spec in FAMILY.probes(recipe.config))
-
-
-def test_every_field_has_a_case() -> None:
-    moved = {recipe.name.split("/field-")[1].split("-")[0] for recipe in FAMILY.recipes if recipe.field}
-    assert {field.name for field in FAMILY.fields} <= moved
 
 
 @pytest.mark.parametrize("layer", [0, 1])

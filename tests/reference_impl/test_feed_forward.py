@@ -19,6 +19,7 @@ def gelu_tanh(x):
 
 EQUATIONS = {
     "silu": lambda x: x / (1 + math.exp(-x)),
+    "swish": lambda x: x / (1 + math.exp(-x)),
     "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
