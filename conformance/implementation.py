@@ -217,6 +217,7 @@ class Candidate:
 
     dtype: the dtype under judgement.  vocab: expected width of the logits.
     calls: how many times the model has been called (a session's feed counts as one).
+    given: the tensors that the last call was given, by argument.
     """
 
     def __init__(self, model: Any, dtype: "torch.dtype", device: "torch.device", vocab: int):
@@ -225,6 +226,7 @@ class Candidate:
         self.model, self.dtype, self.device, self.vocab = model, dtype, device, vocab
         self.declared = _declared_arguments(model)
         self.calls = 0
+        self.given: dict[str, Tensor] = {}
 
     def accepts(self, argument: str) -> bool:
         return self.declared is None or argument in self.declared
@@ -238,8 +240,9 @@ class Candidate:
         """Call the model once; arguments that it does not declare are left out."""
         self.calls += 1
         passed = {k: v.clone().to(self.device) for k, v in optional.items() if self.accepts(k)}
+        self.given = {"input_ids": input_ids.clone().to(self.device), **passed}
         with running("model(…)"):
-            returned = self.model(input_ids.clone().to(self.device), **passed)
+            returned = self.model(self.given["input_ids"], **passed)
         return self._normalise(returned, tuple(input_ids.shape))
 
     def parameters(self, names: list[str]) -> "dict[str, Tensor] | None":

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+from conformance.search import journalled
+
 STARTUP_TIMEOUT = 300.0
 # How much of the end of a dead child's output is kept, in bytes.
 KEPT_OUTPUT = 1 << 16
@@ -80,6 +82,15 @@ class Worker:
             self._child = None
             return Died(describe_status(answer["died"]), self._output())
         return answer
+
+    def retire(self) -> None:
+        """End the child, so that the next request gets a fresh one."""
+        if self._child is not None:
+            self._kill_child(self._connection)
+
+    def journalled(self) -> dict[str, Any] | None:
+        """The example of a property that the child was running, None if it was not running any."""
+        return journalled(self._scratch.name) if self._process is not None else None
 
     def close(self) -> None:
         """End the worker.  A later request starts a new one."""
@@ -176,10 +187,15 @@ class Server:
         self._judges: dict[str, Any] = {}
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
-        """{"op": "describe"} or {"op": "judge", "case", "check", "dtype"}: the implementation or the result."""
+        """What a message asks for.
+
+        {"op": "describe"}: the implementation.  {"op": "judge", "case", "check", "dtype", and the fields of
+        `search.Settings`, where they are not the default}: the result, or with "listing" {"examples": […]}.
+        """
         if message["op"] == "describe":
             return self._describe()
-        return self._judge(message["case"], message["check"], message["dtype"])
+        settings = {key: value for key, value in message.items() if key not in ("op", "case", "check", "dtype")}
+        return self._judge(message["case"], message["check"], message["dtype"], settings)
 
     def implementation(self) -> Any:
         from conformance.implementation import resolve
@@ -201,9 +217,10 @@ class Server:
                     "traceback": traceback.format_exc()}  # fmt: skip
         return {"implementation": described, "environment": environment()}
 
-    def _judge(self, case_name: str, check: str, dtype: str) -> dict[str, Any]:
+    def _judge(self, case_name: str, check: str, dtype: str, settings: dict[str, Any]) -> dict[str, Any]:
         from conformance.cases import Case, Claim, FixtureError, Manifest
         from conformance.judge import Judge, judge
+        from conformance.search import Listed, Settings, journal
         from conformance.suite import checks
 
         def prepare() -> Judge:
@@ -213,12 +230,18 @@ class Server:
                 self._case = Case(case_name, self._manifest)
             if dtype not in self._judges:
                 self._judges[dtype] = Judge(self.implementation(), self._case, dtype, self.device)
+            self._judges[dtype].settings = Settings(**settings)
             return self._judges[dtype]  # type: ignore[no-any-return]
 
+        journal(None)
         try:
             return judge(checks()[check], Claim(case_name, check, dtype), prepare).to_json()
+        except Listed as listed:
+            return {"examples": listed.examples}
         except FixtureError as error:
             return {"fixture": str(error)}
+        finally:
+            journal(None)
 
 
 def serve(connection: Connection, server: Server) -> None:
@@ -308,6 +331,7 @@ def main() -> None:
     descriptor, implementation, device = sys.argv[1:]
     # Once, before any fork.  Torch would import _dynamo on the first call under TrueDouble, in
     # every child anew: 1.7 s.
+    import hypothesis  # noqa: F401
     import safetensors.torch  # noqa: F401
     import torch._dynamo  # noqa: F401
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from conformance.families.properties import Properties, Relation
 from conformance.probes import ProbeSpec
 
 COMPONENTS = (
@@ -104,6 +105,7 @@ class Family:
     layers_key, positions_key: what config.json calls the number of blocks and the end of the context.
     module_kinds: name of a weight's module -> what kind of weight it is (`conformance.draws.KINDS`), for modules whose
         names do not say it.
+    properties: what its models promise for every input; None: nothing that is searched.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Family:
     layers_key: str = "num_hidden_layers"
     positions_key: str = "max_position_embeddings"
     module_kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    properties: Properties | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +189,7 @@ class Component:
     reference: "module:function" of reference_impl with the same argument names.
     carried: a return -> the argument that takes it when the next piece of a sequence is fed; such a component can be
         fed in pieces, cut and joined along the axis called "seq".
+    relations: name of a check of the group `invariance` -> the calls that it compares.
     """
 
     name: str
@@ -201,11 +205,25 @@ class Component:
     reference: str
     fields: tuple[ConfigField, ...] = ()
     carried: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    relations: Mapping[str, Relation] = dataclasses.field(default_factory=dict)
+
+    def relations_of(self, recipe: ComponentRecipe) -> list[str]:
+        """The relations that a case has."""
+        return [name for name, relation in self.relations.items() if relation.applies(recipe)]
 
     @property
     def weights(self) -> frozenset[str]:
         """The names of all weights that any of its cases has."""
         return frozenset(name for recipe in self.recipes for name in recipe.weights)
+
+
+def claims(recipe: "Recipe | ComponentRecipe") -> dict[str, tuple[str, ...]]:
+    """All claims of a case, check -> dtypes: the goldens' that its recipe states, and its family's properties."""
+    family = get(recipe.name.split("/")[0])
+    if isinstance(recipe, ComponentRecipe):
+        return {**recipe.claims, **{f"invariance.{name}": ("float64",) for name in family.relations_of(recipe)}}
+    found = {} if family.properties is None else family.properties.of(recipe.name, recipe.config)
+    return {**recipe.claims, **found}
 
 
 def get(name: str) -> Any:

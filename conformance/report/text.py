@@ -1,5 +1,6 @@
 """A run as plain text: the block that a failure prints, and the summary.  The terminal report colours these."""
 
+import json
 import shlex
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,8 @@ def failure_lines(result: dict[str, Any], spec: str) -> list[str]:
         lines.append(_entry("where" if index == 0 else "", detail))
     lines += [_entry("note", note) for note in result["notes"]]
     options = f"--case {result['case']} --check {result['check']} --dtype {result['dtype']}"
+    if example := result.get("example"):
+        options += f" --example {shlex.quote(json.dumps(example))}"
     lines.append(_entry("reproduce", f"conformance run {shlex.quote(spec)} {options}"))
     return lines
 

@@ -2,12 +2,18 @@
 
 from typing import TYPE_CHECKING
 
+from conformance.implementation import Misbehaviour, Unsupported
+from conformance.strategies import SEEDS, interleaved, plans, ragged_plans
+from conformance.suite import drawn
 from conformance.suite.padding import padded
+from conformance.suite.test_batching import DECODED as RAGGED_STEPS
+from conformance.suite.test_batching import ragged_session
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from conformance.judge import Judge
+    from conformance.search import Example
 
 # How many tokens are decoded one at a time after a prefill.
 DECODED = 4
@@ -66,3 +72,102 @@ def _feed(judge: "Judge", plan: list[int], ids: "Tensor", mask: "Tensor | None" 
             pieces.append(session.feed(ids[:, part], None if mask is None else mask[:, part]))
             start += size
         return torch.cat(pieces, dim=1)
+
+
+# --- any plan --------------------------------------------------------------------------------------------------------
+
+
+def test_any_plan(judge: "Judge") -> None:
+    """Fed in calls of any sizes, a session gives what one full forward gives.
+
+    First token by token; a prompt and then single tokens; and where there is a window, calls of its size, of one token
+    less and of one more, three windows long.
+    """
+
+    def holds(example: "Example") -> None:
+        plan = example["plan"]
+        text = drawn.ids(judge, example["ids"], example["batch"], sum(plan))
+        judge.same(drawn.fed(judge, plan, text), judge.logits(text), "logits of a session differ from a full forward's")
+
+    most = drawn.usual(judge)
+    chosen = [[1] * most, [most - 3, 1, 1, 1]]
+    for window in {window for window in drawn.windows(judge) if window is not None}:
+        chosen += [_calls(most, size) for size in (window - 1, window, window + 1) if size > 1]
+    first = [{"ids": 0, "batch": 2, "plan": plan} for plan in chosen]
+    judge.search(plans(most), holds, first)
+
+
+def test_fresh_session(judge: "Judge") -> None:
+    """A second session starts clean: fed another text than the first, it gives what a full forward of that text gives."""
+
+    def holds(example: "Example") -> None:
+        plan = example["plan"]
+        text, other = (drawn.ids(judge, example[key], 1, sum(plan)) for key in ("ids", "other"))
+        drawn.fed(judge, plan, text)
+        what = "logits of a second session differ from a full forward's"
+        judge.same(drawn.fed(judge, plan, other), judge.logits(other), what)
+
+    judge.search(interleaved(drawn.usual(judge)), holds)
+
+
+def test_interleaved(judge: "Judge") -> None:
+    """Two sessions that are fed in turns do not touch each other."""
+    import torch
+
+    def holds(example: "Example") -> None:
+        plan = example["plan"]
+        texts = [drawn.ids(judge, example[key], 1, sum(plan)) for key in ("ids", "other")]
+        got: list[list[Tensor]] = [[], []]
+        with judge.precision():
+            sessions = [judge.candidate.session() for _ in texts]
+            for part in drawn.parts(plan):
+                for pieces, session, text in zip(got, sessions, texts, strict=True):
+                    pieces.append(drawn.feed(session, text, part))
+        for pieces, text in zip(got, texts, strict=True):
+            what = "logits of two sessions fed in turns differ from full forwards'"
+            judge.same(torch.cat(pieces, dim=1), judge.logits(text), what)
+
+    judge.search(interleaved(drawn.usual(judge)), holds, [{"ids": 0, "other": 10_000, "plan": [2, 1]}])
+
+
+def test_ragged_plan(judge: "Judge") -> None:
+    """Prompts of different lengths, padded on the left with junk, fed in calls of any sizes, then decoded together."""
+
+    def holds(example: "Example") -> None:
+        ragged_session(judge, example, example["plan"])
+
+    first = [{"ids": 0, "lengths": [2, 1, 5], "extra": 1, "plan": [2, 3, 1]}]
+    judge.search(ragged_plans(drawn.usual(judge), RAGGED_STEPS), holds, first)
+
+
+def test_rolling_state(judge: "Judge") -> None:
+    """A session that promises a rolling cache (its attribute `rolling` is true) stops growing at the window.
+
+    Once as many tokens were fed as the window has keys, `state_bytes()` stays what it is, token after token.
+    """
+    from hypothesis import strategies as st
+
+    widest = max(window for window in drawn.windows(judge) if window is not None)
+
+    def holds(example: "Example") -> None:
+        text = drawn.ids(judge, example["ids"], 1, example["prompt"] + 2 * widest)
+        with judge.precision():
+            session = judge.candidate.session()
+            if not getattr(session.session, "rolling", False):
+                raise Unsupported("the session promises no rolling cache")
+            sizes = []
+            for part in drawn.parts([example["prompt"]] + [1] * (2 * widest)):
+                drawn.feed(session, text, part)
+                sizes.append(session.session.state_bytes())
+        full = sizes[max(1, widest - example["prompt"] + 1) :]
+        if len(set(full)) > 1:
+            raise Misbehaviour(
+                "grows", f"the state grows beyond a window of {widest} keys: {full[0]} to {full[-1]} bytes"
+            )
+
+    judge.search(st.fixed_dictionaries({"ids": SEEDS, "prompt": st.integers(1, 2 * widest)}), holds)
+
+
+def _calls(total: int, size: int) -> list[int]:
+    """Calls of one size, and what is left."""
+    return [size] * (total // size) + ([total % size] if total % size else [])

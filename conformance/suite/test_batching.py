@@ -1,0 +1,79 @@
+"""Batching: what a row gets does not depend on the rows and the padding beside it."""
+
+from typing import TYPE_CHECKING
+
+from conformance.strategies import permuted_texts, ragged_plans, ragged_texts, rows_of_texts
+from conformance.suite import drawn
+
+if TYPE_CHECKING:
+    from conformance.judge import Judge
+    from conformance.search import Example
+
+# Tokens decoded one at a time after prompts.
+DECODED = 3
+
+
+def test_alone(judge: "Judge") -> None:
+    """A row of a batch gets the logits that it gets alone."""
+
+    def holds(example: "Example") -> None:
+        text, row = drawn.ids(judge, example["ids"], example["batch"], example["length"]), example["row"]
+        together, alone = judge.logits(text)[row : row + 1], judge.logits(text[row : row + 1])
+        judge.same(together, alone, f"logits of row {row} in a batch differ from those of the row alone")
+
+    judge.search(rows_of_texts(drawn.usual(judge)), holds)
+
+
+def test_permutation(judge: "Judge") -> None:
+    """When the rows of a batch change places, so do their logits, and nothing else happens."""
+
+    def holds(example: "Example") -> None:
+        order = example["order"]
+        text = drawn.ids(judge, example["ids"], len(order), example["length"])
+        judge.same(judge.logits(text[order]), judge.logits(text)[order], "logits of rows in another order differ")
+
+    first = [{"ids": 0, "length": 3, "order": [2, 0, 1]}]
+    judge.search(permuted_texts(drawn.usual(judge)), holds, first)
+
+
+def test_padding(judge: "Judge") -> None:
+    """Rows of different lengths, padded with junk on the left or on the right, get the logits they get without padding.
+
+    Lengths of 1 and columns that hold nothing but padding are among them.
+    """
+    judge.candidate.need("attention_mask")
+
+    def holds(example: "Example") -> None:
+        side = example["side"]
+        whole, padded, mask, place = drawn.ragged(judge, example["ids"], example["lengths"], example["extra"], side)
+        wanted = drawn.at_places(judge.logits(whole), place.to(judge.candidate.device))
+        got = judge.logits(padded, attention_mask=mask)
+        what = f"logits in a batch padded on the {side} differ from those without padding"
+        judge.same(got, wanted, what, real=mask.bool())
+
+    first = [{"ids": 0, "lengths": [3, 1, 5], "side": side, "extra": 1} for side in ("left", "right")]
+    judge.search(ragged_texts(drawn.usual(judge)), holds, first)
+
+
+def test_decoding(judge: "Judge") -> None:
+    """After prompts of different lengths, padded on the left with junk, three tokens are decoded one by one.
+
+    Every row gets the logits of a full forward without padding.
+    """
+
+    def holds(example: "Example") -> None:
+        width = max(example["lengths"]) + example["extra"]
+        ragged_session(judge, example, [width])
+
+    first = [{"ids": 0, "lengths": [3, 1, 5], "extra": 0, "plan": [5]}]
+    judge.search(ragged_plans(drawn.usual(judge), DECODED), holds, first)
+
+
+def ragged_session(judge: "Judge", example: "Example", prompt: list[int]) -> None:
+    """Feed padded prompts in calls of these sizes, then single tokens; compare with full forwards without padding."""
+    whole, padded, mask, place = drawn.ragged(
+        judge, example["ids"], example["lengths"], example["extra"], "left", after=DECODED
+    )
+    wanted = drawn.at_places(judge.logits(whole), place.to(judge.candidate.device))
+    got = drawn.fed(judge, prompt + [1] * DECODED, padded, mask)
+    judge.same(got, wanted, "logits of ragged prompts in a session differ from a full forward's", real=mask.bool())

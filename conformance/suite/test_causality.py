@@ -1,0 +1,76 @@
+"""Causality: a token's logits depend on no later token."""
+
+from typing import TYPE_CHECKING
+
+from conformance import draws
+from conformance.implementation import Misbehaviour, Unsupported, running
+from conformance.strategies import changed_texts, different_ids
+from conformance.suite import drawn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from conformance.judge import Judge
+    from conformance.search import Example
+
+
+def test_prefix(judge: "Judge") -> None:
+    """When one token of a text is changed, the logits before it stay as they were, and those at it move."""
+    import torch
+
+    def holds(example: "Example") -> None:
+        text, at = drawn.ids(judge, example["ids"], 1, example["length"]), example["at"]
+        changed = text.clone()
+        changed[0, at] = drawn.changed(judge, text[0, at], example["other"])
+        before, after = judge.logits(torch.cat([text, changed]))
+        if at:
+            judge.same(after[None, :at], before[None, :at], f"logits before token {at} moved when it was changed")
+        if not judge.moved(after[at], before[at]):
+            raise Misbehaviour("no effect", f"the logits at token {at} do not move when it is changed")
+
+    judge.search(changed_texts(drawn.usual(judge)), holds, [{"ids": 0, "length": 2, "at": 1, "other": 0}])
+
+
+def test_gradient(judge: "Judge") -> None:
+    """The gradient of a token's logits is exactly 0 for every later token's embedding, and not for its own.
+
+    The embedding table is found among the parameters by its hub name; the ids are all different, so that a row of its
+    gradient belongs to one token.  Only logits of ids that the text does not hold are summed: where the head is the
+    table, it adds nothing to the rows that are looked at.
+    """
+    table = drawn.family(judge).properties.table
+    found = judge.candidate.parameters([table])
+    if found is None:
+        raise Unsupported("the model has no parameters by hub name")
+
+    def holds(example: "Example") -> None:
+        at = example["at"]
+        gradient = _gradient(judge, found[table], example)
+        if leaks := [t for t, row in enumerate(gradient) if t > at and row.any()]:
+            raise Misbehaviour(
+                "leak", f"the logits at token {at} have a gradient at later tokens: {', '.join(map(str, leaks))}"
+            )
+        if not gradient[at].any():
+            raise Misbehaviour("no effect", f"the logits at token {at} have no gradient at their own token")
+
+    # Ids that the text does not hold are needed too
+    most = min(drawn.usual(judge), judge.case.config["vocab_size"] // 2)
+    judge.search(changed_texts(most), holds, [{"ids": 0, "length": most, "at": most // 2, "other": 0}])
+
+
+def _gradient(judge: "Judge", table: "Tensor", example: "Example") -> "Tensor":
+    """(length, hidden): gradient of a mixture of the logits at token `at` for each token's embedding."""
+    vocab = judge.case.config["vocab_size"]
+    text = different_ids(example["ids"], example["length"], vocab)
+    mixture = draws.integers(f"property/mixture/{example['other']}", vocab, 1, draws.LARGEST).double()
+    mixture[text[0]] = 0
+    table.requires_grad_(True)
+    table.grad = None
+    with judge.precision(gradients=True):
+        logits = judge.candidate(text).logits
+        with running("logits.backward()"):
+            (logits[0, example["at"]] * mixture.to(logits.device)).sum().backward()
+    gradient, table.grad = table.grad, None
+    if gradient is None:
+        raise Misbehaviour("no effect", "the logits have no gradient at the embedding table")
+    return gradient[text[0].to(gradient.device)].detach().cpu()
