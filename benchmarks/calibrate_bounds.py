@@ -21,7 +21,7 @@ import torch
 from candidates import LAYOUTS
 from conformance import bounds
 from conformance.families import get
-from conformance.golden import decoder
+from conformance.golden import model
 from conformance.implementation import adopt, load_checkpoint
 from conformance.implementations.reference import Reference
 from conformance.oracles.hugging_face import HuggingFace
@@ -36,7 +36,7 @@ def sample(seed: int) -> Samples:
     recipes = [r for r in family.recipes if r.last_rows is None]
     recipe = recipes[seed % len(recipes)]
     recipe = dataclasses.replace(recipe, name=f"{recipe.name}-{seed}", weights=f"calibrate/{seed}", store=frozenset())
-    weights, ids = decoder.draw_weights(family, recipe), decoder.draw_inputs(recipe)["input_ids"]
+    weights, ids = model.draw_weights(family, recipe), model.draw_inputs(recipe)["input_ids"]
     truth = HuggingFace(family, recipe.config, weights).logits(ids)
     noise = decoder.measure_noise(family, recipe.config, weights, ids, truth)
     implementations = {"reference": Reference("eager"), "reference-sdpa": Reference("sdpa")}

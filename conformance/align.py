@@ -42,7 +42,7 @@ MAX_AXES = 6
 # unobserved  no tensor with as many elements was recorded: a fused kernel keeps its scores to itself.
 # degenerate  zeros, a constant, a mask, a one-hot choice, NaN: a match would prove nothing, so the probe takes no part.
 # Axes that no order of the weights can permute: batch rows or positions in another order are somebody's mistake.
-BETWEEN_TOKENS = {"batch", "seq", "key"}
+BETWEEN_TOKENS = {"batch", "seq", "key", "source", "source_key"}
 
 Status = Literal["matched", "permuted", "unmatched", "unobserved", "degenerate"]
 

@@ -166,6 +166,21 @@ class Case:
     def inputs(self) -> dict[str, "Tensor"]:
         return self._tensors("inputs.safetensors")
 
+    @property
+    def arguments(self) -> "dict[str, Tensor]":
+        """What the full forward of a model is called with: the ids, and of an encoder–decoder model the decoder's."""
+        return {name: self.inputs[name] for name in ("input_ids", "decoder_input_ids") if name in self.inputs}
+
+    @property
+    def ids(self) -> "Tensor":
+        """The token ids that the logits belong to: of an encoder–decoder model, those that its decoder reads."""
+        return self.inputs.get("decoder_input_ids", self.inputs["input_ids"])
+
+    @property
+    def source(self) -> "dict[str, Tensor]":
+        """What a session is opened with: of an encoder–decoder model, the ids that its encoder reads."""
+        return {"input_ids": self.inputs["input_ids"]} if "decoder_input_ids" in self.inputs else {}
+
     @cached_property
     def expected(self) -> dict[str, "Tensor"]:
         """The float64 truth by name: `logits`, `loss`, `probe.<probe>`, `gradient.<parameter>`, …"""

@@ -1,11 +1,12 @@
 """What there is, and what each thing means: the text behind `conformance list` and `conformance explain`."""
 
+import contextlib
 import inspect
 import re
 
 from conformance.cases import Manifest
-from conformance.families import FAMILIES, MODELS, Component, ComponentRecipe, Family, Value, get
-from conformance.probes import VOCABULARY
+from conformance.families import FAMILIES, MODELS, Component, ComponentRecipe, Family, Recipe, Value, get
+from conformance.probes import VOCABULARY, any_layer, word
 
 Rows = list[tuple[str, str]]
 
@@ -50,14 +51,14 @@ def explain(identifier: str) -> str:
     from conformance.suite import checks
 
     functions = checks()
-    probe = re.sub(r"^layers\.\d+\.", "layers.N.", identifier)
     if identifier in FAMILIES:
         return _family(identifier)
     if identifier in Manifest().cases:
         return _case(identifier)
     if identifier in functions:
         return _check(identifier, inspect.getdoc(functions[identifier]) or "")
-    if probe in VOCABULARY:
+    with contextlib.suppress(KeyError):
+        probe = word(identifier)
         return f"{probe}: {VOCABULARY[probe]}.\n\n" + "\n".join(_probe_shapes(probe))
     if found := _fields(identifier):
         return found
@@ -79,8 +80,8 @@ def _family(name: str) -> str:
     lines += ["", "Cases:"] + [f"  {r.name:<34} {r.summary}" for r in family.recipes]
     lines += ["", "Probes, in computational order (axes):"]
     config = family.recipes[0].config
-    seen = dict.fromkeys((re.sub(r"^layers\.\d+\.", "layers.N.", s.name), s.axes) for s in family.probes(config))
-    return "\n".join(lines + [f"  {probe:<34} ({', '.join(axes)})" for probe, axes in seen])
+    seen = dict.fromkeys((any_layer(s.name), s.axes) for s in family.probes(config))
+    return "\n".join(lines + [f"  {probe:<42} ({', '.join(axes)})" for probe, axes in seen])
 
 
 def _component(component: Component) -> str:
@@ -105,7 +106,7 @@ def _shape(value: Value) -> str:
 
 def _case(name: str) -> str:
     recipe = next(r for r in get(name.split("/")[0]).recipes if r.name == name)
-    size = [] if isinstance(recipe, ComponentRecipe) else [f"Batch {recipe.batch}, sequence {recipe.seq}."]
+    size = [] if isinstance(recipe, ComponentRecipe) else [_size(recipe)]
     lines = [f"{name}: {recipe.summary}", *size, "", "Claims:"]
     lines += [f"  {check:<24} {', '.join(dtypes)}" for check, dtypes in Manifest().cases[name]["claims"].items()]
     if recipe.counterfactuals:
@@ -115,18 +116,25 @@ def _case(name: str) -> str:
     return "\n".join([*lines, "", "Configuration:", *(f"  {key}: {value}" for key, value in shown.items())])
 
 
+def _size(recipe: Recipe) -> str:
+    decoded = "" if recipe.target is None else f", {recipe.target} decoded"
+    return f"Batch {recipe.batch}, sequence {recipe.seq}{decoded}."
+
+
 def _check(name: str, documentation: str) -> str:
     claims = [claim for claim in Manifest().claims() if claim.check == name]
     return f"{name}\n\n{documentation}\n\n{len(claims)} claims in {len({c.case for c in claims})} cases."
 
 
 def _probe_shapes(probe: str) -> list[str]:
-    lines = []
+    lines: dict[str, str] = {}
     for name in MODELS:
         for spec in get(name).probes(get(name).recipes[0].config):
-            if spec.name == probe.replace("layers.N.", "layers.0."):
-                lines.append(f"{name}: ({', '.join(spec.axes)}), computed from {', '.join(spec.parents) or 'the ids'}")
-    return lines
+            if word(spec.name) == probe:
+                origin = ", ".join(spec.parents) or "the ids"
+                shown = f"{name}, {any_layer(spec.name)}" if spec.name.startswith(("encoder.", "decoder.")) else name
+                lines.setdefault(shown, f"{shown}: ({', '.join(spec.axes)}), computed from {origin}")
+    return list(lines.values())
 
 
 def _fields(identifier: str) -> str | None:

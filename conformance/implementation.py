@@ -2,8 +2,10 @@
 
 An implementation is any object with `name`, `families` and `load(checkpoint)`; a function `load` alone is enough.
 `load` returns a model: a callable `model(input_ids, attention_mask=None, position_ids=None, …)` that returns logits
-(batch, seq, vocab), or a dict with "logits" and optionally "loss".  Only arguments that it declares are passed.
-Optional attributes, each declared by its presence: `session()`, `parameters`.
+(batch, seq, vocab), or a dict with "logits" and optionally those of `LOSSES`.  Only arguments that it declares are
+passed.  An encoder–decoder model takes `decoder_input_ids`, and perhaps `decoder_attention_mask`, too: logits belong to
+these.
+Optional attributes, each declared by its presence: `session(**source)`, `parameters`.
 """
 
 import copy
@@ -33,6 +35,8 @@ BUILT_IN = {
     "hf": ("conformance.implementations.hf", "the installed Hugging Face transformers, eager attention"),
     "hf-sdpa": ("conformance.implementations.hf", "the installed Hugging Face transformers, SDPA attention"),
 }
+# What a model may return beside its logits: the whole loss, and what a router adds to it (before its coefficient).
+LOSSES = ("loss", "aux_loss", "z_loss")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -206,10 +210,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Output:
-    """What one call returned, normalised: logits always, the loss where the candidate returns one."""
+    """What one call returned, normalised: logits always, losses by name where the candidate returns any."""
 
     logits: "Tensor"
-    loss: "Tensor | None"
+    losses: "dict[str, Tensor]"
 
 
 class Candidate:
@@ -237,13 +241,19 @@ class Candidate:
             raise Unsupported(f"the model takes no {argument}")
 
     def __call__(self, input_ids: "Tensor", **optional: "Tensor") -> Output:
-        """Call the model once; arguments that it does not declare are left out."""
+        """Call the model once; arguments that it does not declare are left out.
+
+        Raises: Misbehaviour if it is to decode and declares no `decoder_input_ids`.
+        """
         self.calls += 1
+        decoded = optional.get("decoder_input_ids")
+        if decoded is not None and not self.accepts("decoder_input_ids"):
+            raise Misbehaviour("signature", "the model takes no decoder_input_ids, which its decoder is to read")
         passed = {k: v.clone().to(self.device) for k, v in optional.items() if self.accepts(k)}
         self.given = {"input_ids": input_ids.clone().to(self.device), **passed}
         with running("model(…)"):
             returned = self.model(self.given["input_ids"], **passed)
-        return self._normalise(returned, tuple(input_ids.shape))
+        return self._normalise(returned, tuple((input_ids if decoded is None else decoded).shape))
 
     def parameters(self, names: list[str]) -> "dict[str, Tensor] | None":
         """The named parameters, which receive gradients: from a mapping `parameters`, or a module that has the names.
@@ -257,12 +267,18 @@ class Candidate:
             declared = dict(self.model.named_parameters()) if isinstance(self.model, torch.nn.Module) else {}
         return {name: declared[name] for name in names} if set(names) <= set(declared) else None
 
-    def session(self) -> "Session":
-        """Raises: Unsupported if the model has no `session`."""
+    def session(self, **source: "Tensor") -> "Session":
+        """A new session, of an encoder–decoder model over a source: `input_ids` and perhaps `attention_mask`.
+
+        Raises: Unsupported if the model has no `session`, or it takes no mask and is given one.
+        """
         if not hasattr(self.model, "session"):
             raise Unsupported("the model has no session()")
+        declared = _declared_arguments(self.model.session)
+        if declared is not None and "attention_mask" in source and "attention_mask" not in declared:
+            raise Unsupported("session() takes no attention_mask")
         with running("model.session()"):
-            return Session(self, self.model.session())
+            return Session(self, self.model.session(**{k: v.clone().to(self.device) for k, v in source.items()}))
 
     def _normalise(self, returned: Any, shape: tuple[int, ...]) -> Output:
         import torch
@@ -271,15 +287,15 @@ class Candidate:
             return self._output(returned, (*shape, self.vocab))
 
     def _output(self, returned: Any, wanted: tuple[int, ...]) -> Output:
-        loss = None
+        losses = {}
         if isinstance(returned, Mapping):
             if "logits" not in returned:
                 raise Misbehaviour(
                     "type", f'a dict with keys {sorted(map(str, returned))} was returned; it needs "logits"'
                 )
-            returned, loss = returned["logits"], returned.get("loss")
+            returned, losses = returned["logits"], {name: returned.get(name) for name in LOSSES}
         elif hasattr(returned, "logits"):
-            returned, loss = returned.logits, getattr(returned, "loss", None)
+            returned, losses = returned.logits, {name: getattr(returned, name, None) for name in LOSSES}
         elif isinstance(returned, tuple | list):
             fitting = [x for x in returned if tuple(getattr(x, "shape", ())) == wanted]
             if len(fitting) != 1:
@@ -288,9 +304,11 @@ class Candidate:
                     "type", f"a {type(returned).__name__} of {shapes} was returned; exactly one must be {wanted}"
                 )
             returned = fitting[0]
-        if loss is not None and (loss := as_tensor(loss, "loss")).numel() != 1:
-            raise Misbehaviour("shape", f"a loss of shape {tuple(loss.shape)}, wanted a single number")
-        return Output(self._logits(returned, wanted), loss)
+        losses = {name: as_tensor(loss, name) for name, loss in losses.items() if loss is not None}
+        for name, loss in losses.items():
+            if loss.numel() != 1:
+                raise Misbehaviour("shape", f"a {name} of shape {tuple(loss.shape)}, wanted a single number")
+        return Output(self._logits(returned, wanted), {name: loss.reshape(()) for name, loss in losses.items()})
 
     def _logits(self, returned: Any, wanted: tuple[int, ...]) -> "Tensor":
         import torch

@@ -138,10 +138,10 @@ class Judge:
         """Where the candidate's code runs; see `implementation.precision`."""
         return precision(self.dtype, gradients)
 
-    def logits(self, input_ids: Tensor, **optional: Tensor) -> Tensor:
+    def logits(self, **arguments: Tensor) -> Tensor:
         """The candidate's logits of one call."""
         with self.precision():
-            return self.candidate(input_ids, **optional).logits  # type: ignore[no-any-return]
+            return self.candidate(**arguments).logits  # type: ignore[no-any-return]
 
     def load_other(self, config: dict[str, Any], weights: dict[str, Tensor]) -> Candidate:
         """The same implementation with another checkpoint."""

@@ -36,8 +36,8 @@ class NoProbes(Exception):
 def localise(judge: "Judge") -> Explanation:
     """The divergence (as the run's schema has it, or None) and notes, for the calls that the failed check made."""
     case = judge.case
-    if case.inputs["input_ids"].numel() > MOST_TOKENS:
-        return None, [f"not localised: {case.inputs['input_ids'].numel()} tokens; see the shorter cases"]
+    if (tokens := sum(ids.numel() for ids in case.arguments.values())) > MOST_TOKENS:
+        return None, [f"not localised: {tokens} tokens; see the shorter cases"]
     if judge.dtype == "float64":
         values, source = known_probes(case)
         alignment = _align_session(judge, values) if judge.plan else _align_forward(judge, values)
@@ -58,7 +58,7 @@ def known_probes(case: "Case") -> tuple[dict[str, Tensor], str]:
         return stored | {"logits": case.expected["logits"]}, "golden"
     from conformance.implementations import reference
 
-    values = reference.probes(get(case.family), case.config, case.weights, case.inputs["input_ids"])
+    values = reference.probes(get(case.family), case.config, case.weights, **case.arguments)
     error = bounds.measure(values["logits"], case.expected["logits"])
     if not bounds.within(error, "float64").passed:
         raise NoProbes(f"reference_impl differs from the golden's logits by {error.max:.1e}")
@@ -77,15 +77,15 @@ def _probes(case: "Case", values: dict[str, Tensor], rows: slice = slice(None)) 
 
 def _align_forward(judge: "Judge", values: dict[str, Tensor]) -> Alignment:
     with torch.no_grad(), Recorder() as recorder:
-        logits = judge.candidate(judge.case.inputs["input_ids"]).logits
+        logits = judge.candidate(**judge.case.arguments).logits
     return align(_probes(judge.case, values), recorder.tensors, result=logits)
 
 
 def _align_session(judge: "Judge", values: dict[str, Tensor]) -> Alignment:
     """Replay the plan of feeds up to the first one whose logits are wrong, and align that one."""
-    ids, start = judge.case.inputs["input_ids"], 0
-    with judge.precision():
-        session = judge.candidate.session()
+    ids, start = judge.case.ids, 0
+    with judge.precision(), Recorder() as opening:  # an encoder runs here
+        session = judge.candidate.session(**judge.case.source)
     for size in judge.plan:
         rows = slice(start, start + size)
         start += size
@@ -94,7 +94,7 @@ def _align_session(judge: "Judge", values: dict[str, Tensor]) -> Alignment:
         error = bounds.measure(logits.cpu(), values["logits"][:, rows])
         if not bounds.within(error, "float64").passed:
             break
-    return align(_probes(judge.case, values, rows), recorder.tensors, result=logits)
+    return align(_probes(judge.case, values, rows), opening.tensors + recorder.tensors, result=logits)
 
 
 def _describe(alignment: Alignment, source: str) -> dict[str, Any] | None:
@@ -151,13 +151,15 @@ def _block(case: "Case", block_input: Tensor, layer: int) -> tuple[Config, dict[
 
 def _block_by_block(judge: "Judge") -> Explanation:
     """Judge every block alone."""
+    if get(judge.case.family).block_checkpoint is None:
+        return None, [f"not localised in {judge.dtype}: one block cannot be judged alone; run it in float64"]
     wrong: list[str] = []
     right: list[str] = []
     oracle = judge.case.oracle_error("logits", judge.dtype)
     for layer, (config, weights, ids, truth) in enumerate(_all_blocks(judge.case)):
         block = load_checkpoint(judge.implementation, config, weights, judge.dtype, judge.device)
         with judge.precision():
-            logits = block(ids).logits
+            logits = block(input_ids=ids).logits
         error = bounds.measure(logits.cpu(), truth)
         passed = bounds.within(error, judge.dtype, bounds.Error(**oracle) if oracle else None).passed
         (right if passed else wrong).append(f"layers.{layer}")

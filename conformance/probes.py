@@ -2,10 +2,14 @@
 
 A probe is a tensor that a reader of the paper would name.  Families pick from this vocabulary (`ProbeSpec`
 says which, in computational order, with axes and parents); `docs/probes.md` is generated from it.
+
+An encoder–decoder model's probes begin with `encoder.` or `decoder.`; a decoder layer's `cross_attention` has the words
+of `attention`, and its keys and values are projections of `encoder.output`.
 """
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     from conformance.families import Config, Family
 
 VOCABULARY: dict[str, str] = {
+    "output": "what a stack of layers returns, where that has a name of its own",
     "embedding": "what enters the first block: the looked-up rows of the embedding table (positions added, scaled, "
     "where the family does so)",
     "layers.N.norm": "normalised input of the block, where attention and feed-forward layer share it (parallel blocks)",
@@ -48,6 +53,23 @@ VOCABULARY: dict[str, str] = {
     "final_norm": "normalised output of the last block, the input of the head",
     "logits": "scores over the vocabulary, before any softmax",
 }
+
+
+def word(probe: str) -> str:
+    """The vocabulary's name of a probe: of `decoder.layers.3.cross_attention.key` it is `layers.N.attention.key`.
+
+    Raises: KeyError if it has none.
+    """
+    name = re.sub(r"^(encoder|decoder)\.", "", probe)
+    name = re.sub(r"^layers\.(\d+|N)\.(cross_(?=attention\.))?", "layers.N.", name)
+    if name not in VOCABULARY:
+        raise KeyError(f"{probe} is not in the vocabulary of probes")
+    return name
+
+
+def any_layer(probe: str) -> str:
+    """The probe's name with N for the number of its layer."""
+    return re.sub(r"(^|\.)layers\.\d+\.", r"\1layers.N.", probe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +113,22 @@ def at_module_boundaries(model: "Module", where: dict[str, tuple[str, str]]) -> 
             handle.remove()
 
 
+def axis_sizes(family: "Family", config: "Config", arguments: "Mapping[str, Any]") -> dict[str, int]:
+    """Size of every axis that the probes name, in a call of the model."""
+    batch, length = arguments["input_ids"].shape
+    if not family.encoder_decoder:
+        return family.probe_sizes(config, batch, length)
+    return family.probe_sizes(config, batch, arguments["decoder_input_ids"].shape[1], length)
+
+
 def canonical(
-    family: "Family", config: "Config", values: "dict[str, Tensor]", batch: int, seq: int
+    family: "Family", config: "Config", values: "dict[str, Tensor]", arguments: "Mapping[str, Any]"
 ) -> "dict[str, Tensor]":
-    """Bring the collected probes into canonical order and axes (merged heads are split), float64 on the CPU."""
-    sizes = family.probe_sizes(config, batch, seq)
+    """Bring the collected probes into canonical order and axes (merged heads are split), float64 on the CPU.
+
+    arguments: what the model was called with; its ids say how long the sequences are.
+    """
+    sizes = axis_sizes(family, config, arguments)
     return {
         spec.name: values[spec.name].reshape([sizes[axis] for axis in spec.axes]).double().cpu()
         for spec in family.probes(config)

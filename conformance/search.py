@@ -6,7 +6,8 @@ stand for token ids, see `conformance.strategies`), so that a failure can be rep
     conformance run IMPL --case llama/plain --check causality.prefix --dtype float64 --example '{"ids": 0, …}'
 
 What is drawn follows from the seed alone.  A failing example is made smaller in a bounded number of runs.  Before each
-example is run it is written to a journal outside this process, so that one that kills it is known (`conformance.replay`).
+example is run it is written to a journal outside this process, so that one that kills it is known; see
+`conformance.replay`.
 """
 
 import json

@@ -48,11 +48,12 @@ class Recipe:
     summary: one line for `conformance list cases`.
     config: the content of config.json.
     weights: label of the weight draws; recipes with one label share every tensor of equal name and shape.
-    batch, seq: shape of the token ids.
+    batch, seq: shape of the token ids; of an encoder–decoder model, of the encoder's.
+    target: length of the decoder's token ids; of encoder–decoder models only.
     input_ids: the token ids themselves, where drawn ones would not do.
     claims: check -> dtypes.
     store: what the golden keeps beside logits and block outputs: "probes",
-        "gradients", "blocks", "positions", "loss".
+        "gradients", "blocks", "positions", "loss", "auxiliary" (the losses that a router adds).
     last_rows: compare (and store) only so many last rows of the sequence.
     scaled: ending of a weight's name -> power of two that it is multiplied by, for cases that stress a dtype's range.
     field: the config field that a field case moves, with counterfactuals: label -> the configuration a candidate
@@ -65,6 +66,7 @@ class Recipe:
     weights: str
     batch: int = 4
     seq: int = 11
+    target: int | None = None
     input_ids: tuple[tuple[int, ...], ...] | None = None
     claims: Mapping[str, tuple[str, ...]]
     store: frozenset[str] = frozenset()
@@ -96,8 +98,11 @@ class Family:
         oracle's attention kernel, "query", "key", "scores", "weights", "context", or in its kernel of experts,
         "routing_weights", "expert_outputs"), for probes inside these.
     block_checkpoint: config, weights, inputs of block N (batch, seq, hidden), N -> the configuration and weights of a
-        one-layer checkpoint that feeds block N those inputs when it is given arange(batch · seq) as ids.
-    probe_sizes: config, batch, seq -> size of every axis that the probes name.
+        one-layer checkpoint that feeds block N those inputs when it is given arange(batch · seq) as ids; None where
+        one block cannot be had alone so.
+    encoder_decoder: the model reads `input_ids` with an encoder, and its logits belong to `decoder_input_ids`.
+    probe_sizes: config, batch, seq -> size of every axis that the probes name; of an encoder–decoder model config,
+        batch, seq (the decoder's length), source (the encoder's).
     oracle_settings: what the oracle's configuration needs beside config.json (an expert kernel that has float64, …).
     double_settings: the same at true double precision only (a guard that insists on torch.float32 switched off, …).
     oracle_kernels: the attention kernels of the oracle, whose spread in a working dtype is its own error.
@@ -118,9 +123,10 @@ class Family:
     tensor_shapes: Callable[[Config], dict[str, tuple[int, ...]]]
     probes: Callable[[Config], list[ProbeSpec]]
     module_probes: Callable[[Config], dict[str, tuple[str, str]]]
-    block_checkpoint: Callable[..., tuple[Config, dict[str, Any]]]
+    block_checkpoint: Callable[..., tuple[Config, dict[str, Any]]] | None = None
+    encoder_decoder: bool = False
     kernel_probes: Callable[[Config], dict[str, tuple[str, str]]]
-    probe_sizes: Callable[[Config, int, int], dict[str, int]]
+    probe_sizes: Callable[..., dict[str, int]]
     oracle_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     double_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     oracle_kernels: tuple[str, ...] = ("eager", "sdpa")

@@ -1,19 +1,15 @@
 """Which properties a model family has: the table from which the claims of property checks are made.
 
-A property holds for every input and needs no oracle.  A family that lacks one says why, in `exceptions`; what depends on
-the configuration (a tied head, a window, shared key-value heads) is asked of the configuration.
+A property holds for every input and needs no oracle.  A family that lacks one says why, in `exceptions`; what depends
+on the configuration (a tied head, a window, shared key-value heads) is asked of the configuration.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 Config = dict[str, Any]
-Weights = "dict[str, Tensor]"
 Claims = dict[str, tuple[str, ...]]
 
 _DOUBLE = ("float64",)
@@ -50,6 +46,12 @@ DECODER: Claims = {
 }
 
 
+# The same for a decoder that reads a source through an encoder.  One of its layers cannot be had alone.
+ENCODER_DECODER: Claims = {check: dtypes for check, dtypes in DECODER.items() if check != "reach.one_layer"} | {
+    "causality.source": _DOUBLE,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Twins:
     """Two checkpoints that compute the same, made of one: what a property of the maths says of whole models.
@@ -67,8 +69,7 @@ class Relation:
     """Two calls of a component whose returns say the same: a property of its maths.
 
     applies: whether a case has it (of its recipe).
-    other: tensors and settings of a call, all by name, and the example -> those of the other call.  What it leaves as it
-        was is passed on.
+    other: tensors and settings of a call, all by name, and the example -> those of the other call that differ.
     expected: returns of the first call, the example -> the returns of the other, those that are compared.
     sizes: axes of the returns that are other than the case's in the other call: the example -> axis -> size.
     draws: further keys of an example -> the numbers they lie between, both included.

@@ -1,6 +1,6 @@
 """Making and verifying goldens: recipe + oracle -> case.
 
-`make` writes a case only if it deserves to be one (see `decoder.derive`).  `verify` rebuilds every case and compares:
+`make` writes a case only if it deserves to be one (see `model.derive`).  `verify` rebuilds every case and compares:
 recipe, configuration, weights and inputs byte for byte, expected values to 1e-13, the oracle's own error to a factor
 of 2.  Both need transformers and reference_impl.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from conformance import bounds
 from conformance.cases import Case, Manifest, file_entries, verify_files, write_json, write_manifest
 from conformance.families import FAMILIES, ComponentRecipe, Recipe, claims, get
-from conformance.golden import component, decoder
+from conformance.golden import component, model
 from conformance.golden.common import AGREEMENT, MOVEMENT, REBUILT, REBUILT_NOISE, GoldenError
 
 __all__ = [
@@ -44,7 +44,7 @@ def write(recipe: AnyRecipe, directory: Path, stored: Stored) -> None:
 
     Raises: GoldenError, and nothing is written, if the case does not deserve to be a golden.
     """
-    derived = component.derive(recipe) if isinstance(recipe, ComponentRecipe) else decoder.derive(recipe)
+    derived = component.derive(recipe) if isinstance(recipe, ComponentRecipe) else model.derive(recipe)
     label = _weights_label(recipe)
     own, shared = {}, {}
     for name, tensor in derived.weights.items():

@@ -44,7 +44,7 @@ def require_margins(
     family: "Family",
     config: "Config",
     weights: dict[str, Tensor],
-    ids: Tensor,
+    arguments: dict[str, Tensor],
     truth: dict[str, Tensor],
     dtypes: Iterable[str],
 ) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def require_margins(
         errors[dtype] = dict.fromkeys(found, 0.0)
         for kernel in family.oracle_kernels:
             oracle = oracle_class(family)(family, config, weights, dtype=getattr(torch, dtype), attention=kernel)
-            for name, logits in oracle.at_boundaries(ids, list(found)).items():
+            for name, logits in oracle.at_boundaries(list(found), **arguments).items():
                 error = (logits - truth[name]).abs().max().item()
                 errors[dtype][name] = max(errors[dtype][name], error)
         for name, margin in found.items():

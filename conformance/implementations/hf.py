@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conformance.implementation import Unsupported
+
 # Families whose model the installed transformers has, and those of them that it has no SDPA kernel for.
 HUB_FAMILIES = frozenset({"gpt", "gpt2", "llama", "mistral", "mixtral", "phi"})
 EAGER_ONLY = frozenset({"gpt"})
+# Encoder–decoder models whose positions count pads, and that take no positions of ours.
+COUNTS_PADS = frozenset({"marian"})
 # model_type -> how to load it. The default kernel of experts, grouped_mm, has no float64.
 SETTINGS = {"mixtral": {"experts_implementation": "eager"}}
 
@@ -31,15 +35,18 @@ class HuggingFaceModels:
         return f"transformers {version('transformers')}, {self.attention}"
 
     def load(self, checkpoint: Any) -> "Model":
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=checkpoint.dtype, attn_implementation=self.attention,
-            **SETTINGS.get(checkpoint.config["model_type"], {}),
-        )  # fmt: skip
+        model_type = checkpoint.config["model_type"]
+        loader = AutoModelForSeq2SeqLM if checkpoint.config.get("is_encoder_decoder") else AutoModelForCausalLM
+        model = loader.from_pretrained(
+            checkpoint.path, dtype=checkpoint.dtype, attn_implementation=self.attention, **SETTINGS.get(model_type, {})
+        )
         model = model.to(checkpoint.device).eval()
+        if model.config.is_encoder_decoder:
+            return EncoderDecoderModel(model, counts_pads=model_type in COUNTS_PADS)
         # GPT would take a cache and ignore it
         has_cache = "past_key_values" in inspect.signature(model.forward).parameters
         return CachingModel(model) if has_cache else Model(model)
@@ -72,6 +79,62 @@ class CachingModel(Model):
 
     def session(self) -> "Session":
         return Session(self.model)
+
+
+class EncoderDecoderModel(torch.nn.Module):
+    """An encoder and a decoder that attends to it.
+
+    counts_pads: whether its positions count pads; tokens after pads are then beyond it.
+    """
+
+    def __init__(self, model: Any, counts_pads: bool):
+        super().__init__()
+        self.model, self.counts_pads = model, counts_pads
+        self.parameters = by_hub_name(model)  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Any:
+        self.refuse_left_padding(attention_mask, decoder_attention_mask)
+        return self.model(
+            input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask, labels=labels, use_cache=False,
+        )  # fmt: skip
+
+    def refuse_left_padding(self, *masks: Tensor | None) -> None:
+        if self.counts_pads and any(mask is not None and (mask.diff(dim=1) > 0).any() for mask in masks):
+            raise Unsupported("its positions count pads, so that a token's position depends on the pads before it")
+
+    def session(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> "EncoderDecoderSession":
+        self.refuse_left_padding(attention_mask)
+        return EncoderDecoderSession(self.model, input_ids, attention_mask)
+
+
+class EncoderDecoderSession:
+    """The encoder's output, computed once, and the library's own dynamic caches."""
+
+    def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None):
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        self.model, self.source_mask = model, attention_mask
+        self.encoded = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
+        self.cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+
+    def feed(self, input_ids: Tensor) -> Tensor:
+        return self.model(  # type: ignore[no-any-return]
+            encoder_outputs=self.encoded, attention_mask=self.source_mask, decoder_input_ids=input_ids,
+            past_key_values=self.cache, use_cache=True,
+        ).logits  # fmt: skip
+
+    def state_bytes(self) -> int:
+        caches = (self.cache.self_attention_cache, self.cache.cross_attention_cache)
+        held = [t for cache in caches for layer in cache.layers for t in (layer.keys, layer.values)]
+        return sum(t.numel() * t.element_size() for t in [self.encoded.last_hidden_state, *held])
 
 
 def by_hub_name(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -1,6 +1,7 @@
 """`reference_impl` as a candidate, and as the supplier of probes that a golden does not store."""
 
 import inspect
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +34,7 @@ class Reference:
 
         if name := checkpoint.config.get("component"):
             return self._component(name, checkpoint)
-        return Model(
+        return adapted(
             load_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device, attention=self.attention)
         )
 
@@ -41,8 +42,14 @@ class Reference:
         return lambda **arguments: component(get(name), arguments, checkpoint.config)
 
 
+def adapted(model: torch.nn.Module) -> "Model | EncoderDecoderModel":
+    """A model of `reference_impl` behind the contract."""
+    decodes = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    return EncoderDecoderModel(model) if decodes else Model(model)
+
+
 class Model:
-    """A model of `reference_impl` behind the contract, with its loss."""
+    """A decoder-only model behind the contract, with its loss."""
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.session = model, model.session
@@ -61,6 +68,27 @@ class Model:
         return {"logits": logits} if labels is None else {"logits": logits, "loss": next_token_loss(logits, labels)}
 
 
+class EncoderDecoderModel:
+    """An encoder–decoder model behind the contract, with its loss."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model, self.session = model, model.session
+        self.parameters = dict(model.named_parameters())
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        from reference_impl.nn.loss import token_loss
+
+        logits = self.model(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
+        return {"logits": logits} if labels is None else {"logits": logits, "loss": token_loss(logits, labels)}
+
+
 def build(config: "Config", weights: dict[str, Tensor]) -> torch.nn.Module:
     """The reference model with these weights, in float64, written-out attention."""
     from conformance.implementation import Checkpoint
@@ -71,36 +99,52 @@ def build(config: "Config", weights: dict[str, Tensor]) -> torch.nn.Module:
     return model
 
 
-def logits(
-    config: "Config", weights: dict[str, Tensor], input_ids: Tensor, position_ids: Tensor | None = None
-) -> Tensor:
-    """The reference's float64 logits."""
+def forward(config: "Config", weights: dict[str, Tensor]) -> Callable[..., Tensor]:
+    """The reference's float64 logits as a function of the contract's arguments."""
     model = build(config, weights)
-    with TrueDouble(), torch.no_grad():
-        return model(input_ids, position_ids=position_ids)  # type: ignore[no-any-return]
+
+    def call(**arguments: Tensor) -> Tensor:
+        with TrueDouble(), torch.no_grad():
+            return model(**arguments)  # type: ignore[no-any-return]
+
+    return call
 
 
-def probes(family: "Family", config: "Config", weights: dict[str, Tensor], input_ids: Tensor) -> dict[str, Tensor]:
+def logits(config: "Config", weights: dict[str, Tensor], input_ids: Tensor, **optional: Tensor) -> Tensor:
+    """The reference's float64 logits."""
+    return forward(config, weights)(input_ids=input_ids, **optional)
+
+
+def probes(
+    family: "Family", config: "Config", weights: dict[str, Tensor], input_ids: Tensor, **optional: Tensor
+) -> dict[str, Tensor]:
     """Every probe of the family from the reference, in canonical axes, float64."""
     inside = {probe: (path, "output") for probe, (path, _) in family.kernel_probes(config).items()}
     where = family.module_probes(config) | inside
     model = build(config, weights)
     with TrueDouble(), torch.no_grad(), at_module_boundaries(model, where) as found:
-        model(input_ids)
-    return canonical(family, config, found, *input_ids.shape)
+        model(input_ids, **optional)
+    return canonical(family, config, found, {"input_ids": input_ids, **optional})
 
 
 def loss_and_gradients(
-    config: "Config", weights: dict[str, Tensor], input_ids: Tensor
+    config: "Config", weights: dict[str, Tensor], input_ids: Tensor, labels: Tensor | None = None, **optional: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean next-token cross-entropy and its gradient for every parameter by hub name, float64."""
-    from reference_impl.nn.loss import next_token_loss
-
+    """The reference's loss and its gradient for every parameter by hub name, float64; labels as for the oracle."""
     model = build(config, weights).requires_grad_(True)
     with TrueDouble():
-        loss = next_token_loss(model(input_ids), input_ids)
+        loss = adapted(model)(input_ids, labels=input_ids if labels is None else labels, **optional)["loss"]
         loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def auxiliary_losses(
+    config: "Config", weights: dict[str, Tensor], input_ids: Tensor, labels: Tensor, **optional: Tensor
+) -> dict[str, Tensor]:
+    """What the reference's routers add to its loss, before the coefficients, by name, float64."""
+    with TrueDouble(), torch.no_grad():
+        returned = adapted(build(config, weights))(input_ids, labels=labels, **optional)
+    return {name: value for name, value in returned.items() if name not in ("logits", "loss")}
 
 
 def component(family: "Component", tensors: dict[str, Tensor], settings: "Config") -> dict[str, Tensor]:

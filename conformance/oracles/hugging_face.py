@@ -77,40 +77,52 @@ class HuggingFace:
 
         return getattr(transformers, self.family.oracle)
 
-    def logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> Tensor:
-        """Logits (batch, seq, vocab).  Positions are always given to the library, never left for it to derive."""
+    def logits(self, input_ids: Tensor, **optional: Tensor) -> Tensor:
+        """Logits (batch, seq, vocab) of a call with the contract's arguments."""
         with torch.no_grad(), self._mode():
-            return self._call(input_ids, attention_mask, position_ids).logits  # type: ignore[no-any-return]
+            return self._call(input_ids, **optional).logits  # type: ignore[no-any-return]
 
-    def loss_and_gradients(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The library's own next-token loss over all rows, and its gradient for every parameter by hub name."""
+    def loss_and_gradients(
+        self, input_ids: Tensor, labels: Tensor | None = None, **optional: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The library's own loss over all rows, and its gradient for every parameter by hub name.
+
+        labels: what is to be predicted; None for the ids themselves.
+        """
         self.model.zero_grad()
         with self._mode():
-            loss = self._call(input_ids, None, None, labels=input_ids).loss
+            loss = self._call(input_ids, labels=input_ids if labels is None else labels, **optional).loss
             loss.backward()
         return loss.detach(), self.gradients()
+
+    def auxiliary_losses(self, input_ids: Tensor, labels: Tensor, **optional: Tensor) -> dict[str, Tensor]:
+        """What routers add to the library's loss, before their coefficients, by the contract's names."""
+        with torch.no_grad(), self._mode():
+            return {"aux_loss": self._call(input_ids, labels=labels, **optional).aux_loss}
 
     def gradients(self) -> dict[str, Tensor]:
         """What the last backward left, by the names of the case."""
         return {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
-    def probes(self, input_ids: Tensor) -> dict[str, Tensor]:
+    def probes(self, input_ids: Tensor, **optional: Tensor) -> dict[str, Tensor]:
         """Every probe of the family, in canonical axes and computational order (eager attention only)."""
         boundaries = at_module_boundaries(self.model, self.module_probes())
         with torch.no_grad(), self._mode(), self.tapped() as tapped, boundaries as found:
-            self._call(input_ids, None, None)
+            self._call(input_ids, **optional)
         for probe, (_, quantity) in self.family.kernel_probes(self.config).items():
-            found[probe] = tapped[int(probe.split(".")[1])][quantity]
-        return canonical(self.family, self.config, found, *input_ids.shape)
+            found[probe] = self.tapped_at(probe, tapped)[quantity]
+        return canonical(self.family, self.config, found, {"input_ids": input_ids, **optional})
 
-    def at_boundaries(self, input_ids: Tensor, probes: list[str]) -> dict[str, Tensor]:
+    def tapped_at(self, probe: str, tapped: dict[Any, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The values that were tapped where the probe is: of its layer."""
+        return tapped[int(probe.split(".")[1])]
+
+    def at_boundaries(self, probes: list[str], **arguments: Tensor) -> dict[str, Tensor]:
         """Some probes that module boundaries show, in canonical axes; in any dtype and with any kernel."""
         places = {probe: place for probe, place in self.module_probes().items() if probe in probes}
         with torch.no_grad(), self._mode(), at_module_boundaries(self.model, places) as found:
-            self._call(input_ids, None, None)
-        return canonical(self.family, self.config, found, *input_ids.shape)
+            self._call(**arguments)
+        return canonical(self.family, self.config, found, arguments)
 
     def module_probes(self) -> dict[str, tuple[str, str]]:
         """Probe -> (path of the library's module, "input" or "output")."""
@@ -120,8 +132,15 @@ class HuggingFace:
         """While open, the attention kernels tell what they receive and return: layer -> quantity -> value."""
         return tapped_attention(self.model)
 
-    def _call(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, **more: Any) -> Any:
-        # With jumping positions and no mask the library takes a row for packed documents; a mask of ones says no.
+    def _call(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **more: Any,
+    ) -> Any:
+        # Positions are always given to the library, never left for it to derive. With jumping positions and no mask it
+        # takes a row for packed documents; a mask of ones says no.
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if position_ids is None:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from conformance.judge import Judge
 
 GROUPS = (
-    "golden", "cache", "component", "shapes", "causality", "reach", "batching", "invariance", "sensitivity", "gradients",
-    "determinism", "round_trip",
+    "golden", "cache", "component",
+    "shapes", "causality", "reach", "batching", "invariance", "sensitivity", "gradients", "determinism", "round_trip",
 )  # fmt: skip
 
 

@@ -1,7 +1,9 @@
-"""What property checks share: how long their texts are, and a candidate run on drawn ones."""
+"""What property checks share: drawn texts, how long they are, and a candidate run on them."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conformance import strategies
 from conformance.families.properties import WIDEST_WINDOW
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 MOST_TOKENS = 128
 # Texts are this long at most, unless a window asks for more, so that an example is run in a few milliseconds.
 USUAL_TOKENS = 12
+# Tokens of the source that an encoder reads.
+SOURCE_TOKENS = 5
 
 
 def family(judge: "Judge") -> "Family":
@@ -32,7 +36,7 @@ def longest(judge: "Judge") -> int:
 
 def windows(judge: "Judge") -> tuple[int | None, ...]:
     """For each layer the keys that a query sees, None where it sees all of any text that is drawn."""
-    found = family(judge).properties.windows(judge.case.config)
+    found = family(judge).properties.windows(judge.case.config)  # type: ignore[union-attr]
     return tuple(None if window is None or window > WIDEST_WINDOW else window for window in found)
 
 
@@ -42,9 +46,52 @@ def usual(judge: "Judge") -> int:
     return min(longest(judge), max(USUAL_TOKENS, 3 * widest + 2))
 
 
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Text:
+    """Rows of token ids; of an encoder–decoder model its decoder's, each row with a source of its own.
+
+    ids: (batch, length).  source: (batch, tokens) ids that the encoder reads, None without an encoder.
+    """
+
+    ids: "Tensor"
+    source: "Tensor | None"
+
+    def __getitem__(self, rows: Any) -> "Text":
+        """Some of the rows, perhaps in another order or several times."""
+        return Text(self.ids[rows], None if self.source is None else self.source[rows])
+
+    def with_ids(self, ids: "Tensor") -> "Text":
+        """Other ids; one source serves all, if there are more rows."""
+        source = self.source
+        if source is not None and len(source) != len(ids):
+            source = source[:1].expand(len(ids), -1)
+        return Text(ids, source)
+
+    def arguments(self, mask: "Tensor | None" = None) -> "dict[str, Tensor]":
+        """The arguments of one call."""
+        if self.source is None:
+            return {"input_ids": self.ids} | ({} if mask is None else {"attention_mask": mask})
+        named = {"input_ids": self.source, "decoder_input_ids": self.ids}
+        return named | ({} if mask is None else {"decoder_attention_mask": mask})
+
+
 def ids(judge: "Judge", seed: int, batch: int, length: int) -> "Tensor":
     """(batch, length) drawn token ids."""
     return strategies.token_ids(seed, batch, length, judge.case.config["vocab_size"])
+
+
+def text(judge: "Judge", seed: int, batch: int, length: int) -> Text:
+    """A drawn text."""
+    return around(judge, ids(judge, seed, batch, length), seed)
+
+
+def around(judge: "Judge", given: "Tensor", seed: int) -> Text:
+    """A text of these ids, with a drawn source where the model reads one."""
+    source = ids(judge, seed + 1, len(given), SOURCE_TOKENS) if family(judge).encoder_decoder else None
+    return Text(given, source)
 
 
 def changed(judge: "Judge", id_: "Tensor", by: int) -> "Tensor":
@@ -53,54 +100,76 @@ def changed(judge: "Judge", id_: "Tensor", by: int) -> "Tensor":
     return (id_ + 1 + by % (usable - 1)) % usable
 
 
-def ragged(
-    judge: "Judge", seed: int, lengths: list[int], extra: int, side: str, after: int = 0
-) -> "tuple[Tensor, Tensor, Tensor, Tensor]":
-    """Rows of different lengths in a padded batch, each with `after` more tokens that follow the padded part.
+# --- padding ---------------------------------------------------------------------------------------------------------
 
-    (ids of the rows without padding; padded ids; mask; (batch, width + after) index of each column's token in its row).
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths in one padded batch.
+
+    whole: the rows without padding, each as long as the longest; its first tokens are the row's own.
+    padded, mask: the same rows padded with junk, (batch, columns).
+    place: for each column the index of its token in the row.
     """
+
+    whole: Text
+    padded: Text
+    mask: "Tensor"
+    place: "Tensor"
+
+    def in_place(self, values: "Tensor") -> "Tensor":
+        """(batch, columns, …): values of the tokens of `whole`, where padding puts them."""
+        import torch
+
+        return values[torch.arange(len(self.place))[:, None], self.place.to(values.device)]
+
+
+def ragged(judge: "Judge", seed: int, lengths: Sequence[int], extra: int, side: str, after: int = 0) -> Ragged:
+    """Rows of these lengths, padded on one side to the longest and `extra` columns more; then `after` tokens a row."""
     import torch
 
     width, batch = max(lengths) + extra, len(lengths)
-    whole = ids(judge, seed, batch, max(lengths) + after)
-    vocab = judge.case.config["vocab_size"]
-    padded = strategies.padding_ids(seed, batch, width + after, vocab)
+    whole = text(judge, seed, batch, max(lengths) + after)
+    padded = strategies.padding_ids(seed, batch, width + after, judge.case.config["vocab_size"])
     mask, place = torch.zeros_like(padded), torch.zeros_like(padded)
     for row, length in enumerate(lengths):
         start = width - length if side == "left" else 0
         columns = [*range(start, start + length), *range(width, width + after)]
         place[row, columns] = torch.arange(length + after)
-        padded[row, columns], mask[row, columns] = whole[row, : length + after], 1
-    return whole, padded, mask, place
+        padded[row, columns], mask[row, columns] = whole.ids[row, : length + after], 1
+    return Ragged(whole, whole.with_ids(padded), mask, place)
 
 
-def at_places(values: "Tensor", place: "Tensor") -> "Tensor":
-    """(batch, columns, …): for every column of a padded batch the value of its token."""
-    import torch
-
-    return values[torch.arange(len(place))[:, None], place]
+# --- running ---------------------------------------------------------------------------------------------------------
 
 
-def fed(judge: "Judge", plan: list[int], text: "Tensor", mask: "Tensor | None" = None) -> "Tensor":
+def logits(judge: "Judge", given: Text, mask: "Tensor | None" = None) -> "Tensor":
+    """The candidate's logits of a text in one call."""
+    return judge.logits(**given.arguments(mask))
+
+
+def logits_of(judge: "Judge", candidate: "Candidate", given: Text) -> "Tensor":
+    """Logits that another candidate than the judge's own gives."""
+    with judge.precision():
+        return candidate(**given.arguments()).logits
+
+
+def session(judge: "Judge", given: Text) -> "Session":
+    """A new session, over the text's source where there is one."""
+    source = {} if given.source is None else {"input_ids": given.source}
+    return judge.candidate.session(**source)  # type: ignore[no-any-return]
+
+
+def fed(judge: "Judge", plan: Sequence[int], given: Text, mask: "Tensor | None" = None) -> "Tensor":
     """Logits of a text that a session of its own is fed in calls of the planned sizes."""
     import torch
 
     with judge.precision():
-        session = judge.candidate.session()
-        return torch.cat([feed(session, text, part, mask) for part in parts(plan)], dim=1)
+        opened = session(judge, given)
+        pieces = [opened.feed(given.ids[:, part], None if mask is None else mask[:, part]) for part in parts(plan)]
+        return torch.cat(pieces, dim=1)
 
 
-def feed(session: "Session", text: "Tensor", part: slice, mask: "Tensor | None" = None) -> "Tensor":
-    return session.feed(text[:, part], None if mask is None else mask[:, part])
-
-
-def parts(plan: list[int]) -> list[slice]:
+def parts(plan: Sequence[int]) -> list[slice]:
     """Which tokens each call of a plan is fed."""
     return [slice(end - size, end) for size, end in zip(plan, accumulate(plan), strict=True)]
-
-
-def logits_of(judge: "Judge", candidate: "Candidate", text: "Tensor") -> "Tensor":
-    """Logits that another candidate than the judge's own gives."""
-    with judge.precision():
-        return candidate(text).logits

@@ -17,8 +17,9 @@ def test_alone(judge: "Judge") -> None:
     """A row of a batch gets the logits that it gets alone."""
 
     def holds(example: "Example") -> None:
-        text, row = drawn.ids(judge, example["ids"], example["batch"], example["length"]), example["row"]
-        together, alone = judge.logits(text)[row : row + 1], judge.logits(text[row : row + 1])
+        text, row = drawn.text(judge, example["ids"], example["batch"], example["length"]), example["row"]
+        together = drawn.logits(judge, text)[row : row + 1]
+        alone = drawn.logits(judge, text[row : row + 1])
         judge.same(together, alone, f"logits of row {row} in a batch differ from those of the row alone")
 
     judge.search(rows_of_texts(drawn.usual(judge)), holds)
@@ -29,8 +30,9 @@ def test_permutation(judge: "Judge") -> None:
 
     def holds(example: "Example") -> None:
         order = example["order"]
-        text = drawn.ids(judge, example["ids"], len(order), example["length"])
-        judge.same(judge.logits(text[order]), judge.logits(text)[order], "logits of rows in another order differ")
+        text = drawn.text(judge, example["ids"], len(order), example["length"])
+        again, once = drawn.logits(judge, text[order]), drawn.logits(judge, text)
+        judge.same(again, once[order], "logits of rows in another order differ")
 
     first = [{"ids": 0, "length": 3, "order": [2, 0, 1]}]
     judge.search(permuted_texts(drawn.usual(judge)), holds, first)
@@ -41,15 +43,14 @@ def test_padding(judge: "Judge") -> None:
 
     Lengths of 1 and columns that hold nothing but padding are among them.
     """
-    judge.candidate.need("attention_mask")
+    judge.candidate.need("decoder_attention_mask" if drawn.family(judge).encoder_decoder else "attention_mask")
 
     def holds(example: "Example") -> None:
         side = example["side"]
-        whole, padded, mask, place = drawn.ragged(judge, example["ids"], example["lengths"], example["extra"], side)
-        wanted = drawn.at_places(judge.logits(whole), place.to(judge.candidate.device))
-        got = judge.logits(padded, attention_mask=mask)
+        batch = drawn.ragged(judge, example["ids"], example["lengths"], example["extra"], side)
+        got = drawn.logits(judge, batch.padded, batch.mask)
         what = f"logits in a batch padded on the {side} differ from those without padding"
-        judge.same(got, wanted, what, real=mask.bool())
+        judge.same(got, batch.in_place(drawn.logits(judge, batch.whole)), what, real=batch.mask.bool())
 
     first = [{"ids": 0, "lengths": [3, 1, 5], "side": side, "extra": 1} for side in ("left", "right")]
     judge.search(ragged_texts(drawn.usual(judge)), holds, first)
@@ -71,9 +72,8 @@ def test_decoding(judge: "Judge") -> None:
 
 def ragged_session(judge: "Judge", example: "Example", prompt: list[int]) -> None:
     """Feed padded prompts in calls of these sizes, then single tokens; compare with full forwards without padding."""
-    whole, padded, mask, place = drawn.ragged(
-        judge, example["ids"], example["lengths"], example["extra"], "left", after=DECODED
-    )
-    wanted = drawn.at_places(judge.logits(whole), place.to(judge.candidate.device))
-    got = drawn.fed(judge, prompt + [1] * DECODED, padded, mask)
-    judge.same(got, wanted, "logits of ragged prompts in a session differ from a full forward's", real=mask.bool())
+    batch = drawn.ragged(judge, example["ids"], example["lengths"], example["extra"], "left", after=DECODED)
+    wanted = batch.in_place(drawn.logits(judge, batch.whole))
+    got = drawn.fed(judge, prompt + [1] * DECODED, batch.padded, batch.mask)
+    what = "logits of ragged prompts in a session differ from a full forward's"
+    judge.same(got, wanted, what, real=batch.mask.bool())

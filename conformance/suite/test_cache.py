@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from conformance.implementation import Misbehaviour, Unsupported
 from conformance.strategies import SEEDS, interleaved, plans, ragged_plans
 from conformance.suite import drawn
-from conformance.suite.padding import padded
+from conformance.suite.padding import moved, padded_ids, row_truth
 from conformance.suite.test_batching import DECODED as RAGGED_STEPS
 from conformance.suite.test_batching import ragged_session
 
@@ -21,29 +21,40 @@ DECODED = 4
 
 def test_prefill_decode(judge: "Judge") -> None:
     """A prompt in one call, then four tokens one by one: every row equals the full forward's."""
-    seq = judge.case.inputs["input_ids"].shape[1]
+    seq = judge.case.ids.shape[1]
     _feed_and_compare(judge, [seq - DECODED] + [1] * DECODED)
 
 
 def test_one_by_one(judge: "Judge") -> None:
     """Every token in a call of its own."""
-    _feed_and_compare(judge, [1] * judge.case.inputs["input_ids"].shape[1])
+    _feed_and_compare(judge, [1] * judge.case.ids.shape[1])
 
 
 def test_chunks(judge: "Judge") -> None:
     """Several tokens a call onto a cache that is not empty: chunks of 3, 4, 1 and the rest."""
-    seq = judge.case.inputs["input_ids"].shape[1]
-    _feed_and_compare(judge, [3, 4, 1, seq - 8])
+    _feed_and_compare(judge, [3, 4, 1, judge.case.ids.shape[1] - 8])
 
 
 def test_ragged(judge: "Judge") -> None:
-    """Prompts of different lengths, padded on the left with junk, then decoded together, each at its own position."""
+    """Prompts of different lengths, padded with junk, then decoded together, each at its own position.
+
+    Prompts of a decoder are padded on its left.  An encoder's sources are padded on the right, and all rows begin to
+    decode at once.
+    """
     import torch
 
     case = judge.case
+    if case.source:
+        ids, mask = padded_ids(case.inputs, "right")
+        plan = [1] * (DECODED + 1)
+        source = {"input_ids": ids, "attention_mask": mask}
+        logits = _feed(judge, plan, judge.case.ids[:, : len(plan)], source=source)
+        judge.compare(logits, row_truth(case)[:, : len(plan)])
+        return
     longest = case.inputs["input_ids"].shape[1] - DECODED
     lengths = case.inputs["lengths"].clamp(max=longest)
-    prompt, mask, truth = padded(case.inputs, case.expected["logits"], "left", lengths, longest)
+    prompt, mask = padded_ids(case.inputs, "left", lengths, longest)
+    truth = moved(case.expected["logits"], lengths, "left", longest)
     steps = lengths[:, None] + torch.arange(DECODED)  # (batch, DECODED): where each row's decoded tokens stand
     row = torch.arange(len(lengths))[:, None]
     ids = torch.cat([prompt, case.inputs["input_ids"][row, steps]], dim=1)
@@ -55,18 +66,24 @@ def test_ragged(judge: "Judge") -> None:
 
 def _feed_and_compare(judge: "Judge", plan: list[int]) -> None:
     judge.plan = plan
-    logits = _feed(judge, plan, judge.case.inputs["input_ids"])
+    logits = _feed(judge, plan, judge.case.ids, source=judge.case.source)
     judge.compare(logits[:, judge.case.rows], judge.case.expected["logits"])
 
 
-def _feed(judge: "Judge", plan: list[int], ids: "Tensor", mask: "Tensor | None" = None) -> "Tensor":
+def _feed(
+    judge: "Judge",
+    plan: list[int],
+    ids: "Tensor",
+    mask: "Tensor | None" = None,
+    source: "dict[str, Tensor] | None" = None,
+) -> "Tensor":
     """Feed the ids in calls of the planned sizes; the logits of all calls, joined along the sequence."""
     import torch
 
     assert sum(plan) == ids.shape[1]
     pieces, start = [], 0
     with judge.precision():
-        session = judge.candidate.session()
+        session = judge.candidate.session(**(source or {}))
         for size in plan:
             part = slice(start, start + size)
             pieces.append(session.feed(ids[:, part], None if mask is None else mask[:, part]))
@@ -86,8 +103,9 @@ def test_any_plan(judge: "Judge") -> None:
 
     def holds(example: "Example") -> None:
         plan = example["plan"]
-        text = drawn.ids(judge, example["ids"], example["batch"], sum(plan))
-        judge.same(drawn.fed(judge, plan, text), judge.logits(text), "logits of a session differ from a full forward's")
+        text = drawn.text(judge, example["ids"], example["batch"], sum(plan))
+        what = "logits of a session differ from a full forward's"
+        judge.same(drawn.fed(judge, plan, text), drawn.logits(judge, text), what)
 
     most = drawn.usual(judge)
     chosen = [[1] * most, [most - 3, 1, 1, 1]]
@@ -98,14 +116,14 @@ def test_any_plan(judge: "Judge") -> None:
 
 
 def test_fresh_session(judge: "Judge") -> None:
-    """A second session starts clean: fed another text than the first, it gives what a full forward of that text gives."""
+    """A second session starts clean: fed another text than the first, it gives that text's full forward."""
 
     def holds(example: "Example") -> None:
         plan = example["plan"]
-        text, other = (drawn.ids(judge, example[key], 1, sum(plan)) for key in ("ids", "other"))
+        text, other = (drawn.text(judge, example[key], 1, sum(plan)) for key in ("ids", "other"))
         drawn.fed(judge, plan, text)
         what = "logits of a second session differ from a full forward's"
-        judge.same(drawn.fed(judge, plan, other), judge.logits(other), what)
+        judge.same(drawn.fed(judge, plan, other), drawn.logits(judge, other), what)
 
     judge.search(interleaved(drawn.usual(judge)), holds)
 
@@ -116,16 +134,16 @@ def test_interleaved(judge: "Judge") -> None:
 
     def holds(example: "Example") -> None:
         plan = example["plan"]
-        texts = [drawn.ids(judge, example[key], 1, sum(plan)) for key in ("ids", "other")]
+        texts = [drawn.text(judge, example[key], 1, sum(plan)) for key in ("ids", "other")]
         got: list[list[Tensor]] = [[], []]
         with judge.precision():
-            sessions = [judge.candidate.session() for _ in texts]
+            sessions = [drawn.session(judge, text) for text in texts]
             for part in drawn.parts(plan):
                 for pieces, session, text in zip(got, sessions, texts, strict=True):
-                    pieces.append(drawn.feed(session, text, part))
+                    pieces.append(session.feed(text.ids[:, part]))
         for pieces, text in zip(got, texts, strict=True):
             what = "logits of two sessions fed in turns differ from full forwards'"
-            judge.same(torch.cat(pieces, dim=1), judge.logits(text), what)
+            judge.same(torch.cat(pieces, dim=1), drawn.logits(judge, text), what)
 
     judge.search(interleaved(drawn.usual(judge)), holds, [{"ids": 0, "other": 10_000, "plan": [2, 1]}])
 
@@ -150,14 +168,14 @@ def test_rolling_state(judge: "Judge") -> None:
     widest = max(window for window in drawn.windows(judge) if window is not None)
 
     def holds(example: "Example") -> None:
-        text = drawn.ids(judge, example["ids"], 1, example["prompt"] + 2 * widest)
+        text = drawn.text(judge, example["ids"], 1, example["prompt"] + 2 * widest)
         with judge.precision():
-            session = judge.candidate.session()
+            session = drawn.session(judge, text)
             if not getattr(session.session, "rolling", False):
                 raise Unsupported("the session promises no rolling cache")
             sizes = []
             for part in drawn.parts([example["prompt"]] + [1] * (2 * widest)):
-                drawn.feed(session, text, part)
+                session.feed(text.ids[:, part])
                 sizes.append(session.session.state_bytes())
         full = sizes[max(1, widest - example["prompt"] + 1) :]
         if len(set(full)) > 1:

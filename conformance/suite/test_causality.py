@@ -19,10 +19,10 @@ def test_prefix(judge: "Judge") -> None:
     import torch
 
     def holds(example: "Example") -> None:
-        text, at = drawn.ids(judge, example["ids"], 1, example["length"]), example["at"]
-        changed = text.clone()
-        changed[0, at] = drawn.changed(judge, text[0, at], example["other"])
-        before, after = judge.logits(torch.cat([text, changed]))
+        text, at = drawn.text(judge, example["ids"], 1, example["length"]), example["at"]
+        changed = text.ids.clone()
+        changed[0, at] = drawn.changed(judge, text.ids[0, at], example["other"])
+        before, after = drawn.logits(judge, text.with_ids(torch.cat([text.ids, changed])))
         if at:
             judge.same(after[None, :at], before[None, :at], f"logits before token {at} moved when it was changed")
         if not judge.moved(after[at], before[at]):
@@ -67,7 +67,7 @@ def _gradient(judge: "Judge", table: "Tensor", example: "Example") -> "Tensor":
     table.requires_grad_(True)
     table.grad = None
     with judge.precision(gradients=True):
-        logits = judge.candidate(text).logits
+        logits = judge.candidate(**drawn.around(judge, text, example["ids"]).arguments()).logits
         with running("logits.backward()"):
             (logits[0, example["at"]] * mixture.to(logits.device)).sum().backward()
     gradient, table.grad = table.grad, None

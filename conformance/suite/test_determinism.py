@@ -21,9 +21,9 @@ def test_repeat(judge: "Judge") -> None:
     """The same call twice gives the same logits, bit for bit."""
 
     def holds(example: "Example") -> None:
-        text = drawn.ids(judge, example["ids"], example["batch"], example["length"])
-        once = judge.logits(text).detach().clone()
-        if not judge.logits(text).detach().equal(once):
+        text = drawn.text(judge, example["ids"], example["batch"], example["length"])
+        once = drawn.logits(judge, text).detach().clone()
+        if not drawn.logits(judge, text).detach().equal(once):
             raise Misbehaviour("not repeatable", "the same call twice gives different logits")
 
     judge.search(texts(drawn.usual(judge)), holds)
@@ -35,9 +35,11 @@ def test_eval(judge: "Judge") -> None:
     other = judge.load_other(config, judge.case.weights)
 
     def holds(example: "Example") -> None:
-        text = drawn.ids(judge, example["ids"], example["batch"], example["length"])
+        text = drawn.text(judge, example["ids"], example["batch"], example["length"])
         judge.same(
-            drawn.logits_of(judge, other, text), judge.logits(text), "logits depend on dropout or jitter in config.json"
+            drawn.logits_of(judge, other, text),
+            drawn.logits(judge, text),
+            "logits depend on dropout or jitter in config.json",
         )
 
     judge.search(texts(drawn.usual(judge)), holds)
@@ -47,11 +49,11 @@ def test_threads(judge: "Judge") -> None:
     """One and two threads of torch give the same logits, but for the order of sums."""
 
     def holds(example: "Example") -> None:
-        text = drawn.ids(judge, example["ids"], MANY_ROWS, drawn.usual(judge))
+        text = drawn.text(judge, example["ids"], MANY_ROWS, drawn.usual(judge))
         with _threads(1):
-            one = judge.logits(text).detach().clone()
+            one = drawn.logits(judge, text).detach().clone()
         with _threads(2):
-            two = judge.logits(text)
+            two = drawn.logits(judge, text)
         judge.same(two, one, "logits with two threads differ from those with one")
 
     judge.each([{"ids": judge.settings.seed}], holds)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from conformance import bounds
 from conformance.implementation import Unsupported, load_checkpoint, running
-from conformance.suite.padding import padded
+from conformance.suite.padding import padded, row_truth
 
 if TYPE_CHECKING:
     from conformance.judge import Judge
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def test_logits(judge: "Judge") -> None:
     """The logits of one full forward over a batch without padding equal the oracle's."""
-    logits = judge.logits(judge.case.inputs["input_ids"])
+    logits = judge.logits(**judge.case.arguments)
     judge.compare(
         logits[:, judge.case.rows], judge.case.expected["logits"], known_mistakes=judge.case.counterfactuals()
     )
@@ -21,18 +21,21 @@ def test_logits(judge: "Judge") -> None:
 def test_left_padding(judge: "Judge") -> None:
     """In a batch of rows of different lengths, padded on the left with junk, every real row is right.
 
-    Positions count real tokens: cumsum(attention_mask) - 1.
+    Positions count real tokens: cumsum(attention_mask) - 1.  Of an encoder–decoder model source and target are padded.
     """
-    judge.candidate.need("attention_mask")
-    ids, mask, truth = padded(judge.case.inputs, judge.case.expected["logits"], "left")
-    judge.compare(judge.logits(ids, attention_mask=mask), truth, real=mask.bool())
+    _padded_and_compare(judge, "left")
 
 
 def test_right_padding(judge: "Judge") -> None:
     """In a batch of rows of different lengths, padded on the right with junk, every real row is right."""
-    judge.candidate.need("attention_mask")
-    ids, mask, truth = padded(judge.case.inputs, judge.case.expected["logits"], "right")
-    judge.compare(judge.logits(ids, attention_mask=mask), truth, real=mask.bool())
+    _padded_and_compare(judge, "right")
+
+
+def _padded_and_compare(judge: "Judge", side: str) -> None:
+    batch = padded(judge.case.inputs, row_truth(judge.case), side)
+    for argument in batch.arguments:
+        judge.candidate.need(argument)
+    judge.compare(judge.logits(**batch.arguments), batch.truth, real=batch.mask.bool())
 
 
 def test_positions(judge: "Judge") -> None:
@@ -46,25 +49,45 @@ def test_positions(judge: "Judge") -> None:
     judge.candidate.need("position_ids")
     inputs = judge.case.inputs
     ones = inputs["input_ids"].new_ones(inputs["input_ids"].shape)
-    logits = judge.logits(inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=ones)
+    logits = judge.logits(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=ones)
     ignored = {"position_ids ignored": judge.case.expected["logits"]}
     judge.compare(logits, judge.case.expected["positions.logits"], known_mistakes=ignored)
 
 
 def test_loss(judge: "Judge") -> None:
-    """The loss that the candidate returns, if it returns one, is the mean next-token cross-entropy over all rows."""
+    """The loss that the candidate returns, if it returns one, is the mean next-token cross-entropy over all rows.
+
+    Labels are the ids themselves, which the candidate shifts; of an encoder–decoder model they are the tokens to be
+    predicted, in the place of the logits that predict them.
+    """
     with judge.precision():
-        ids = judge.case.inputs["input_ids"]
-        loss = judge.candidate(ids, labels=ids).loss
+        labels = judge.case.inputs.get("labels", judge.case.ids)
+        loss = judge.candidate(**judge.case.arguments, labels=labels).losses.get("loss")
     if loss is None:
         raise Unsupported('the model returns no "loss"')
     judge.compare(loss, judge.case.expected["loss"], what="loss")
 
 
+def test_auxiliary_losses(judge: "Judge") -> None:
+    """The losses that a router adds, those of them that the candidate returns, before their coefficients.
+
+    `aux_loss` balances the load of the experts, `z_loss` keeps the router's logits small.
+    """
+    expected = {name: judge.case.expected[name] for name in ("aux_loss", "z_loss") if name in judge.case.expected}
+    with judge.precision():
+        labels = judge.case.inputs.get("labels", judge.case.ids)
+        losses = judge.candidate(**judge.case.arguments, labels=labels).losses
+    if not expected.keys() & losses.keys():
+        raise Unsupported(f"the model returns no {' and no '.join(expected)}")
+    for name in expected.keys() & losses.keys():
+        judge.compare(losses[name], expected[name], what=name)
+
+
 def test_gradients(judge: "Judge") -> None:
     """The gradient of the next-token loss for every parameter equals the oracle's.
 
-    The loss is computed here from the candidate's logits; the gradient is read from its parameters by hub name.
+    The loss is computed here from the candidate's logits (what a router adds is not in it); the gradient is read from
+    its parameters by hub name.
     One scale for all parameters: the largest gradient of the case.
     """
     import torch
@@ -76,12 +99,13 @@ def test_gradients(judge: "Judge") -> None:
     for parameter in parameters.values():
         parameter.requires_grad_(True)
         parameter.grad = None
-    ids = judge.case.inputs["input_ids"]
+    labels = judge.case.inputs.get("labels")
     with judge.precision(gradients=True):
-        logits = judge.candidate(ids).logits
+        logits = judge.candidate(**judge.case.arguments).logits
+        if labels is None:
+            logits, labels = logits[:, :-1], judge.case.ids[:, 1:]
         with running("logits.backward()"):
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-            loss.backward()
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.to(logits.device).flatten()).backward()
     scale = bounds.magnitude(torch.cat([judge.case.expected[f"gradient.{name}"].flatten() for name in names]))
     for name in names:
         gradient = parameters[name].grad
@@ -100,6 +124,6 @@ def test_blocks(judge: "Judge") -> None:
     for layer, (config, weights, ids, truth) in enumerate(stored_blocks(judge.case)):
         block = load_checkpoint(judge.implementation, config, weights, judge.dtype, judge.device)
         with judge.precision():
-            logits = block(ids).logits
+            logits = block(input_ids=ids).logits
         judge.candidate.calls += block.calls
         judge.compare(logits, truth, noise=f"blocks.{layer}", what=f"logits of block {layer} alone")

@@ -9,8 +9,6 @@ from conformance.strategies import SEEDS
 from conformance.suite import drawn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from conformance.judge import Judge
@@ -46,7 +44,7 @@ def _check_slopes(judge: "Judge", names: list[str]) -> None:
         raise Unsupported("the model has no parameters by hub name")
 
     def holds(example: "Example") -> None:
-        text = drawn.ids(judge, example["ids"], ROWS, TOKENS)
+        text = drawn.text(judge, example["ids"], ROWS, TOKENS)
         direction = {name: _direction(judge, example["other"], name) for name in names}
         slope = _slope_by_gradient(judge, parameters, direction, text)
         found = []
@@ -72,15 +70,15 @@ def _direction(judge: "Judge", seed: int, name: str) -> "Tensor":
 
 
 def _slope_by_gradient(
-    judge: "Judge", parameters: "dict[str, Tensor]", direction: "dict[str, Tensor]", text: "Tensor"
+    judge: "Judge", parameters: "dict[str, Tensor]", direction: "dict[str, Tensor]", text: drawn.Text
 ) -> float:
     for parameter in parameters.values():
         parameter.requires_grad_(True)
         parameter.grad = None
     with judge.precision(gradients=True):
-        logits = judge.candidate(text).logits
+        logits = judge.candidate(**text.arguments()).logits
         with running("logits.backward()"):
-            _loss(logits, text).backward()
+            _loss(logits, text.ids).backward()
     slopes = [
         (parameter.grad.cpu().double() * direction[name].double()).sum()
         for name, parameter in parameters.items()
@@ -92,7 +90,7 @@ def _slope_by_gradient(
 
 
 def _slope_by_difference(
-    judge: "Judge", direction: "dict[str, Tensor]", text: "Tensor", step: float
+    judge: "Judge", direction: "dict[str, Tensor]", text: drawn.Text, step: float
 ) -> tuple[float, float]:
     """D(h), and how far the true slope may be from it."""
 
@@ -100,7 +98,7 @@ def _slope_by_difference(
         weights = {name: weight + distance * direction[name] if name in direction else weight
                    for name, weight in judge.case.weights.items()}  # fmt: skip
         other = judge.load_other(judge.case.config, weights)
-        return float(_loss(drawn.logits_of(judge, other, text), text))
+        return float(_loss(drawn.logits_of(judge, other, text), text.ids))
 
     loss = {times: at(times * step) for times in (-2, -1, 1, 2)}
     once, twice = (loss[1] - loss[-1]) / (2 * step), (loss[2] - loss[-2]) / (4 * step)
@@ -108,9 +106,9 @@ def _slope_by_difference(
     return once, abs(twice - once) + rounding
 
 
-def _loss(logits: "Tensor", text: "Tensor") -> "Tensor":
+def _loss(logits: "Tensor", ids: "Tensor") -> "Tensor":
     """Mean next-token cross-entropy."""
     import torch
 
-    following = text[:, 1:].to(logits.device)
+    following = ids[:, 1:].to(logits.device)
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), following.flatten())

@@ -24,11 +24,12 @@ def test_shift(judge: "Judge") -> None:
     judge.candidate.need("position_ids")
 
     def holds(example: "Example") -> None:
-        text = drawn.ids(judge, example["ids"], example["batch"], example["length"])
-        positions = torch.arange(example["length"]).expand(text.shape)
-        ones = torch.ones_like(text)
-        moved = judge.logits(text, position_ids=positions + example["shift"], attention_mask=ones)
-        judge.same(moved, judge.logits(text), f"logits move when all positions are {example['shift']} further on")
+        text = drawn.text(judge, example["ids"], example["batch"], example["length"])
+        positions = torch.arange(example["length"]).expand(text.ids.shape) + example["shift"]
+        moved = judge.logits(**text.arguments(torch.ones_like(text.ids)), position_ids=positions)
+        judge.same(
+            moved, drawn.logits(judge, text), f"logits move when all positions are {example['shift']} further on"
+        )
 
     drawn_ = st.builds(
         lambda text, shift: {**text, "shift": shift}, texts(drawn.usual(judge)), st.integers(1, FARTHEST)
@@ -70,7 +71,7 @@ def test_order(judge: "Judge") -> None:
         order = example["order"]
         text = drawn.ids(judge, example["ids"], 1, len(order) + 1) % tokens
         changed = torch.cat([text[:, order], text[:, -1:]], dim=1)
-        got, wanted = (drawn.logits_of(judge, other, ids)[:, -1:] for ids in (changed, text))
+        got, wanted = (drawn.logits_of(judge, other, drawn.Text(ids, None))[:, -1:] for ids in (changed, text))
         judge.same(got, wanted, "without positions, the order of earlier tokens moves the last one's logits")
 
     judge.search(permuted_texts(1), holds, [{"ids": 0, "length": 1, "order": [2, 0, 1]}])
@@ -83,7 +84,7 @@ def _twins(judge: "Judge", name: str, what: str) -> None:
     first, second = (judge.load_other(config, weights) for config, weights in pair)
 
     def holds(example: "Example") -> None:
-        text = drawn.ids(judge, example["ids"], example["batch"], example["length"])
+        text = drawn.text(judge, example["ids"], example["batch"], example["length"])
         judge.same(drawn.logits_of(judge, first, text), drawn.logits_of(judge, second, text), what)
 
     judge.search(texts(most), holds, [{"ids": 0, "batch": 2, "length": most}])

@@ -31,7 +31,7 @@ def test_last_row(judge: "Judge") -> None:
     most = drawn.usual(judge) if limit is None else min(limit + BEYOND, drawn.longest(judge))
 
     def holds(example: "Example") -> None:
-        text = drawn.ids(judge, example["ids"], 1, example["length"])
+        text = drawn.text(judge, example["ids"], 1, example["length"])
         _exactly(judge, _moving(judge, judge.candidate, text, lambda t, by: drawn.changed(judge, t, by)), limit)
 
     judge.search(texts(most, rows=1), holds, [{"ids": 0, "batch": 1, "length": most}])
@@ -57,8 +57,8 @@ def test_one_layer(judge: "Judge") -> None:
             loaded[layer] = judge.load_other(*family.block_checkpoint(case.config, case.weights, table, layer))
         window = windows[layer]
         length = drawn.USUAL_TOKENS if window is None else window + BEYOND
-        text = drawn.ids(judge, example["ids"], 1, min(length, drawn.longest(judge))) % tokens
-        moving = _moving(judge, loaded[layer], text, lambda t, by: (t + 1 + by) % tokens)
+        ids = drawn.ids(judge, example["ids"], 1, min(length, drawn.longest(judge))) % tokens
+        moving = _moving(judge, loaded[layer], drawn.Text(ids, None), lambda t, by: (t + 1 + by) % tokens)
         _exactly(judge, moving, window, f"layer {layer} alone: ")
 
     first = [{"layer": layer, "ids": 0} for layer in range(len(windows))]
@@ -67,15 +67,15 @@ def test_one_layer(judge: "Judge") -> None:
 
 
 def _moving(
-    judge: "Judge", candidate: "Candidate", text: "Tensor", other: "Callable[[Tensor, int], Tensor]"
+    judge: "Judge", candidate: "Candidate", text: drawn.Text, other: "Callable[[Tensor, int], Tensor]"
 ) -> list[bool]:
     """For each token of a text (1, length) whether another one in its place moves the last row."""
-    length = text.shape[1]
-    rows = text.repeat(1 + length * ALTERNATIVES, 1)
+    length = text.ids.shape[1]
+    rows = text.ids.repeat(1 + length * ALTERNATIVES, 1)
     for at in range(length):
         for by in range(ALTERNATIVES):
-            rows[1 + at * ALTERNATIVES + by, at] = other(text[0, at], by)
-    last = drawn.logits_of(judge, candidate, rows)[:, -1]
+            rows[1 + at * ALTERNATIVES + by, at] = other(text.ids[0, at], by)
+    last = drawn.logits_of(judge, candidate, text.with_ids(rows))[:, -1]
     return [
         any(judge.moved(last[1 + at * ALTERNATIVES + by], last[0]) for by in range(ALTERNATIVES))
         for at in range(length)

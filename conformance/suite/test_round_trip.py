@@ -14,10 +14,7 @@ def test_parameters(judge: "Judge") -> None:
     """The model's parameters by hub name have the names, shapes and values of the checkpoint."""
     names = list(judge.case.weights)
     declared = getattr(judge.candidate.model, "parameters", None)
-    if isinstance(declared, Mapping):
-        found = dict(declared)
-    else:
-        found = judge.candidate.parameters(names) or {}
+    found = declared if isinstance(declared, Mapping) else judge.candidate.parameters(names)
     if not found:
         raise Unsupported("the model has no parameters by hub name")
 

@@ -32,7 +32,7 @@ def test_weights(judge: "Judge") -> None:
 
     def logits_before(seed: int) -> "Tensor":
         if seed not in before:
-            before[seed] = judge.logits(drawn.ids(judge, seed, ROWS, length))
+            before[seed] = drawn.logits(judge, drawn.text(judge, seed, ROWS, length))
         return before[seed]
 
     def holds(example: "Example") -> None:
@@ -42,7 +42,7 @@ def test_weights(judge: "Judge") -> None:
         )
         other = judge.load_other(case.config, case.weights | {name: changed})
         moved = any(
-            judge.moved(drawn.logits_of(judge, other, drawn.ids(judge, seed, ROWS, length)), logits_before(seed))
+            judge.moved(drawn.logits_of(judge, other, drawn.text(judge, seed, ROWS, length)), logits_before(seed))
             for seed in range(TEXTS)
         )
         reason = next((why for pattern, why in family.properties.unmoved.items() if re.search(pattern, name)), None)

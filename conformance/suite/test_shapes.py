@@ -19,7 +19,7 @@ def test_any(judge: "Judge") -> None:
     most = drawn.longest(judge)
 
     def holds(example: "Example") -> None:
-        logits = judge.logits(drawn.ids(judge, example["ids"], example["batch"], example["length"]))
+        logits = drawn.logits(judge, drawn.text(judge, example["ids"], example["batch"], example["length"]))
         if logits.device.type != judge.candidate.device.type:
             raise Misbehaviour("device", f"logits on {logits.device}, wanted {judge.candidate.device}")
         if wrong := int((~logits.isfinite()).sum()):
@@ -33,12 +33,13 @@ def test_inputs(judge: "Judge") -> None:
     """The tensors that a call is given are left as they were: ids, mask and positions."""
 
     def holds(example: "Example") -> None:
-        _, padded, mask, _ = drawn.ragged(judge, example["ids"], example["lengths"], example["extra"], example["side"])
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        optional = {"attention_mask": mask, "position_ids": positions}
-        judge.logits(padded, **optional)
+        batch = drawn.ragged(judge, example["ids"], example["lengths"], example["extra"], example["side"])
+        arguments = batch.padded.arguments(batch.mask)
+        if batch.padded.source is None:
+            arguments["position_ids"] = (batch.mask.cumsum(-1) - 1).clamp(min=0)
+        judge.logits(**arguments)
         for name, given in judge.candidate.given.items():
-            if not given.cpu().equal({"input_ids": padded, **optional}[name]):
+            if not given.cpu().equal(arguments[name]):
                 raise Misbehaviour("input changed", f"the model changed its argument {name} in place")
 
     judge.search(ragged_texts(drawn.usual(judge)), holds)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conformance.families import FAMILIES, MODELS, Recipe, get
-from conformance.golden.decoder import draw_inputs, draw_weights
+from conformance.golden.model import draw_inputs, draw_weights
 from conformance.probes import VOCABULARY
 from conformance.suite import checks
 

@@ -39,7 +39,11 @@ SMALL = Recipe(
     weights="llama/small",
     batch=3,
     seq=7,
-    claims={"golden.logits": ("float64", "float32"), "golden.loss": ("float64",)},
+    claims={
+        "golden.logits": ("float64", "float32"),
+        "golden.left_padding": ("float64",),
+        "golden.loss": ("float64",),
+    },
     store=frozenset({"probes", "loss", "gradients", "blocks"}),
 )
 BIAS = Recipe(
@@ -91,7 +95,7 @@ def goldens(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def test_manifest_lists_the_cases_in_the_recipes_order_with_their_claims(goldens: Path) -> None:
     content = json.loads((goldens / "MANIFEST.json").read_text())
     assert {name: entry["claims"] for name, entry in content["cases"].items()} == {
-        "llama/small": {"golden.logits": ["float64", "float32"], "golden.loss": ["float64"]},
+        "llama/small": {check: list(dtypes) for check, dtypes in SMALL.claims.items()},
         "llama/field-mlp_bias": {"golden.logits": ["float64"]},
     }
     assert list(content["cases"]) == ["llama/small", "llama/field-mlp_bias"]
@@ -211,12 +215,12 @@ def test_movement_is_held_against_one_thousandth(
     """The counterfactual's logits are set to the truth times 1 + moved, so that they move by exactly that."""
     real = HuggingFace.logits
 
-    def logits(self: HuggingFace, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def logits(self: HuggingFace, input_ids: Tensor, **optional: Tensor) -> Tensor:
         ignored = self.config == CONFIG and self.dtype == torch.float64
-        return truth * (1 + moved) if ignored else real(self, ids, *args, **kwargs)
+        return truth * (1 + moved) if ignored else real(self, input_ids, **optional)
 
-    truth = HuggingFace(llama.FAMILY, BIAS.config, golden.decoder.draw_weights(llama.FAMILY, BIAS)).logits(
-        golden.decoder.draw_inputs(BIAS)["input_ids"]
+    truth = HuggingFace(llama.FAMILY, BIAS.config, golden.model.draw_weights(llama.FAMILY, BIAS)).logits(
+        golden.model.draw_inputs(BIAS)["input_ids"]
     )
     monkeypatch.setattr(HuggingFace, "logits", logits)
     if accepted:
@@ -275,37 +279,37 @@ def test_disagreement_of_rounding_is_accepted(monkeypatch: pytest.MonkeyPatch, t
 def test_disagreement_at_one_probe_is_refused_by_its_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, where: str
 ) -> None:
-    right = golden.decoder.reference.probes
+    right = golden.model.reference.probes
 
-    def probes(*args: Any) -> dict[str, Tensor]:
-        found = right(*args)
+    def probes(*args: Any, **arguments: Tensor) -> dict[str, Tensor]:
+        found = right(*args, **arguments)
         found[name].view(-1)[-1] += 1e-9
         return found
 
-    monkeypatch.setattr(golden.decoder.reference, "probes", probes)
+    monkeypatch.setattr(golden.model.reference, "probes", probes)
     assert where in refusal(SMALL, monkeypatch, tmp_path)
 
 
 def test_disagreement_at_one_gradient_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    right = golden.decoder.reference.loss_and_gradients
+    right = golden.model.reference.loss_and_gradients
 
-    def loss_and_gradients(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, gradients = right(*args)
+    def loss_and_gradients(*args: Any, **arguments: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, gradients = right(*args, **arguments)
         gradients["model.norm.weight"][5] += 1e-9
         return loss, gradients
 
-    monkeypatch.setattr(golden.decoder.reference, "loss_and_gradients", loss_and_gradients)
+    monkeypatch.setattr(golden.model.reference, "loss_and_gradients", loss_and_gradients)
     assert "at the gradient of model.norm.weight, wanted 1e-12" in refusal(SMALL, monkeypatch, tmp_path)
 
 
 def test_gradient_on_one_side_only_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    right = golden.decoder.reference.loss_and_gradients
+    right = golden.model.reference.loss_and_gradients
 
-    def loss_and_gradients(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, gradients = right(*args)
+    def loss_and_gradients(*args: Any, **arguments: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, gradients = right(*args, **arguments)
         return loss, {name: g for name, g in gradients.items() if name != "lm_head.weight"}
 
-    monkeypatch.setattr(golden.decoder.reference, "loss_and_gradients", loss_and_gradients)
+    monkeypatch.setattr(golden.model.reference, "loss_and_gradients", loss_and_gradients)
     assert "gradients for ['lm_head.weight'] on one side only" in refusal(SMALL, monkeypatch, tmp_path)
 
 
@@ -313,8 +317,8 @@ def test_oracle_that_ignores_the_padding_mask_is_refused(monkeypatch: pytest.Mon
     """Pads on the right are harmless to a causal model; on the left real tokens then attend to them."""
     right = HuggingFace._call
 
-    def call(self: HuggingFace, ids: Tensor, mask: Tensor | None, positions: Tensor | None, **more: Any) -> Any:
-        return right(self, ids, None, positions, **more)
+    def call(self: HuggingFace, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Any:
+        return right(self, input_ids, None, **more)
 
     monkeypatch.setattr(HuggingFace, "_call", call)
     assert "llama/small: the oracle padded on the left differs from its rows by" in refusal(
@@ -523,10 +527,10 @@ def test_disagreement_at_explicit_positions_is_refused(monkeypatch: pytest.Monke
     """An oracle that is fooled by positions that jump is not believed."""
     real = HuggingFace.logits
 
-    def logits(
-        self: HuggingFace, ids: Tensor, mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> Tensor:
-        return real(self, ids, mask, None if position_ids is None else position_ids.clamp(max=3))
+    def logits(self: HuggingFace, input_ids: Tensor, position_ids: Tensor | None = None, **optional: Tensor) -> Tensor:
+        return real(
+            self, input_ids, position_ids=None if position_ids is None else position_ids.clamp(max=3), **optional
+        )
 
     monkeypatch.setattr(HuggingFace, "logits", logits)
     positions = dataclasses.replace(SMALL, store=SMALL.store | {"positions"})
@@ -536,8 +540,8 @@ def test_disagreement_at_explicit_positions_is_refused(monkeypatch: pytest.Monke
 def test_disagreement_of_a_block_alone_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = HuggingFace.logits
 
-    def logits(self: HuggingFace, ids: Tensor, *args: Any) -> Tensor:
-        return real(self, ids, *args) * (1 + 1e-9 * (self.config["num_hidden_layers"] == 1))
+    def logits(self: HuggingFace, input_ids: Tensor, **optional: Tensor) -> Tensor:
+        return real(self, input_ids, **optional) * (1 + 1e-9 * (self.config["num_hidden_layers"] == 1))
 
     monkeypatch.setattr(HuggingFace, "logits", logits)
     assert "at block 0 alone, wanted 1e-12" in refusal(SMALL, monkeypatch, tmp_path)
@@ -571,8 +575,8 @@ def test_probe_that_the_oracle_does_not_show_is_refused_by_its_name(
 ) -> None:
     real = HuggingFace.probes
 
-    def probes(self: HuggingFace, ids: Tensor) -> dict[str, Tensor]:
-        return {name: probe for name, probe in real(self, ids).items() if name != "layers.1.attention.value"}
+    def probes(self: HuggingFace, input_ids: Tensor) -> dict[str, Tensor]:
+        return {name: probe for name, probe in real(self, input_ids).items() if name != "layers.1.attention.value"}
 
     monkeypatch.setattr(HuggingFace, "probes", probes)
     assert refusal(SMALL, monkeypatch, tmp_path) == "llama/small: the oracle shows no layers.1.attention.value"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conformance.bounds import measure
 from conformance.families import Recipe, get
-from conformance.golden.decoder import draw_inputs, draw_weights
+from conformance.golden.model import draw_inputs, draw_weights
 from conformance.oracles import oracle_class
 
 transformers = pytest.importorskip("transformers")

@@ -15,7 +15,7 @@ from torch import Tensor
 from candidates import LAYOUTS
 from conformance.bounds import measure
 from conformance.families import Recipe, get
-from conformance.golden.decoder import draw_inputs, draw_weights
+from conformance.golden.model import draw_inputs, draw_weights
 from conformance.oracles.true_double import TrueDouble
 from conformance.probes import at_module_boundaries
 
@@ -106,7 +106,7 @@ def test_padded_logits_equal_an_independent_derivation(layout: str, side: str) -
     with TrueDouble(), torch.no_grad():
         theirs = candidate(layout, DISTINCT)(ids, attention_mask=mask)
     real = mask.bool()
-    assert error(theirs[real], oracle(DISTINCT).logits(ids, mask)[real]) < AGREEMENT
+    assert error(theirs[real], oracle(DISTINCT).logits(ids, attention_mask=mask)[real]) < AGREEMENT
 
 
 @every_layout
@@ -196,7 +196,10 @@ def test_library_turns_queries_and_keys_by_the_positions_of_real_tokens() -> Non
     model, seen = oracle(DISTINCT), []
     rotary = model.model.model.rotary_emb
     rotary.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-    model.logits(torch.tensor([[9, 9, 3, 5, 7], [2, 4, 6, 8, 1]]), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]))
+    model.logits(
+        torch.tensor([[9, 9, 3, 5, 7], [2, 4, 6, 8, 1]]),
+        attention_mask=torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
+    )
     [(args, kwargs)] = seen
     positions = kwargs.get("position_ids", args[-1])
     assert positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from conformance.families import get
-from conformance.golden.decoder import draw_inputs, draw_weights
+from conformance.golden.model import draw_inputs, draw_weights
 from conformance.implementation import Checkpoint
 from conformance.oracles.true_double import TrueDouble
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conformance.families import Recipe, get
-from conformance.golden.decoder import draw_inputs, draw_weights
+from conformance.golden.model import draw_inputs, draw_weights
 from conformance.probes import VOCABULARY
 from conformance.suite import checks
 

@@ -7,7 +7,7 @@ import torch
 
 from conformance.families import Recipe, get
 from conformance.golden import GoldenError, routing
-from conformance.golden.decoder import draw_inputs, draw_weights
+from conformance.golden.model import draw_inputs, draw_weights
 
 pytest.importorskip("transformers")
 
@@ -21,7 +21,7 @@ ROUTERS = ["layers.0.feed_forward.router_logits", "layers.1.feed_forward.router_
 def require(recipe: Recipe, *dtypes: str) -> dict[str, dict[str, object]]:
     weights, ids = draw_weights(MIXTRAL, recipe), draw_inputs(recipe)["input_ids"]
     truth = Mixtral(MIXTRAL, recipe.config, weights).probes(ids)
-    return routing.require_margins(recipe.name, MIXTRAL, recipe.config, weights, ids, truth, dtypes)
+    return routing.require_margins(recipe.name, MIXTRAL, recipe.config, weights, {"input_ids": ids}, truth, dtypes)
 
 
 def test_margin_is_the_smallest_gap_between_the_last_chosen_and_the_first_rejected() -> None:

@@ -1,10 +1,10 @@
-"""What a golden case of a decoder-only language model holds, derived from its recipe and the oracle.
+"""What a golden case of a language model holds, derived from its recipe and the oracle.
 
 Every value that is stored has been compared with the reference; the reference decides nothing.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,20 +35,30 @@ def _factor(recipe: Recipe, name: str) -> float:
 def draw_inputs(recipe: Recipe) -> dict[str, Tensor]:
     """Token ids (batch, seq), row lengths, junk ids for pads that no real token has, and positions that jump.
 
-    The ids are drawn, unless the recipe states them.
+    An encoder–decoder model has ids, lengths and junk of its decoder too, and labels.  The ids are drawn, unless the
+    recipe states them; a decoder's begin with `decoder_start_token_id`, and its labels are the ids one place later.
     """
     vocab, batch, seq = recipe.config["vocab_size"], recipe.batch, recipe.seq
     junk = max(2, vocab // 10)
 
-    def draw(what: str, low: int, high: int) -> Tensor:
+    def draw(what: str, low: int, high: int, seq: int = seq) -> Tensor:
         return draws.integers(f"{recipe.name}/{what}", batch * seq, low, high).view(batch, seq)
 
-    chosen = recipe.input_ids
-    inputs = {"input_ids": torch.tensor(chosen) if chosen else draw("input_ids", 0, vocab - junk - 1)}
-    if batch > 1:
-        # all different, unsorted, the whole sequence and a single token among them
-        lengths = [2 * seq // 3, seq, 1, seq // 3 + 1][:batch]
-        inputs |= {"lengths": torch.tensor(lengths), "padding_ids": draw("padding_ids", vocab - junk, vocab - 1)}
+    def tokens(prefix: str, seq: int, first: list[int]) -> dict[str, Tensor]:
+        chosen = None if prefix else recipe.input_ids
+        drawn = {"input_ids": torch.tensor(chosen) if chosen else draw(f"{prefix}input_ids", 0, vocab - junk - 1, seq)}
+        if batch > 1:
+            # all different, unsorted, the whole sequence and a single token among them
+            drawn["lengths"] = torch.tensor(first[:batch])
+            drawn["padding_ids"] = draw(f"{prefix}padding_ids", vocab - junk, vocab - 1, seq)
+        return {prefix + name: tensor for name, tensor in drawn.items()}
+
+    inputs = tokens("", seq, [2 * seq // 3, seq, 1, seq // 3 + 1])
+    if recipe.target is not None:
+        target = recipe.target
+        inputs |= tokens("decoder_", target, [target, 1, target // 3 + 1, 2 * target // 3])
+        inputs["labels"] = inputs["decoder_input_ids"].roll(-1, dims=1)  # the last one is any token
+        inputs["decoder_input_ids"][:, 0] = recipe.config["decoder_start_token_id"]
     if "positions" in recipe.store:
         longest = recipe.config[get(recipe.name.split("/")[0]).positions_key] // seq
         steps = draw("positions", 1, longest - 1)
@@ -70,8 +80,12 @@ def derive(recipe: Recipe) -> Derived:
         derivation.positions()
     if "loss" in recipe.store:
         derivation.loss_and_gradients()
+    if "auxiliary" in recipe.store:
+        derivation.auxiliary_losses()
     if recipe.last_rows is None:
         derivation.probes_and_blocks()
+    if recipe.target is not None:
+        derivation.cut_sources()
     if recipe.batch > 1:
         derivation.check_padding()
     movement = derivation.counterfactuals()
@@ -91,9 +105,11 @@ class _Derivation:
         self.family: Family = get(recipe.name.split("/")[0])
         self.weights, self.inputs = draw_weights(self.family, recipe), draw_inputs(recipe)
         self.ids = self.inputs["input_ids"]
+        named = ("input_ids", "decoder_input_ids")
+        self.arguments = {name: self.inputs[name] for name in named if name in self.inputs}
         self.rows = slice(None) if recipe.last_rows is None else slice(-recipe.last_rows, None)
         self.oracle = oracle_class(self.family)(self.family, recipe.config, self.weights)
-        self.truth = self.oracle.logits(self.ids)
+        self.truth = self.oracle.logits(**self.arguments)
         self.expected: dict[str, Tensor] = {}
         self.noise: dict[str, dict[str, dict[str, float]]] = {}
         self.agreement: dict[str, float] = {}
@@ -113,22 +129,23 @@ class _Derivation:
 
     def logits(self) -> None:
         self.expected["logits"] = self.truth[:, self.rows]
-        self.agree("logits", "logits", reference.logits(self.config, self.weights, self.ids), self.truth)
+        self.agree("logits", "logits", reference.logits(self.config, self.weights, **self.arguments), self.truth)
         self.noise["logits"] = measure_noise(
-            self.family, self.config, self.weights, self.ids, self.truth, self.dtypes, self.rows
+            self.family, self.config, self.weights, self.arguments, self.truth, self.dtypes, self.rows
         )
 
     def positions(self) -> None:
-        position_ids = self.inputs["position_ids"]
-        truth = self.oracle.logits(self.ids, position_ids=position_ids)
-        ours = reference.logits(self.config, self.weights, self.ids, position_ids)
+        arguments = self.arguments | {"position_ids": self.inputs["position_ids"]}
+        truth = self.oracle.logits(**arguments)
+        ours = reference.logits(self.config, self.weights, **arguments)
         self.agree("positions", "positions.logits", ours, truth)
         self.expected["positions.logits"] = truth
 
     def loss_and_gradients(self) -> None:
         """Gradients share one scale over all parameters: a single parameter's may be zero."""
-        loss, gradients = self.oracle.loss_and_gradients(self.ids)
-        our_loss, ours = reference.loss_and_gradients(self.config, self.weights, self.ids)
+        labels = self.inputs.get("labels", self.ids)
+        loss, gradients = self.oracle.loss_and_gradients(labels=labels, **self.arguments)
+        our_loss, ours = reference.loss_and_gradients(self.config, self.weights, labels=labels, **self.arguments)
         if set(ours) != set(gradients):
             only = sorted(set(ours) ^ set(gradients))
             raise GoldenError(f"{self.recipe.name}: gradients for {only} on one side only")
@@ -140,14 +157,22 @@ class _Derivation:
         if "gradients" in self.recipe.store:
             self.expected |= {f"gradient.{name}": gradient for name, gradient in gradients.items()}
 
+    def auxiliary_losses(self) -> None:
+        labels = self.inputs.get("labels", self.ids)
+        losses = self.oracle.auxiliary_losses(labels=labels, **self.arguments)
+        ours = reference.auxiliary_losses(self.config, self.weights, labels=labels, **self.arguments)
+        for name, loss in losses.items():
+            self.agree("auxiliary losses", name, ours[name], loss)
+        self.expected |= losses
+
     def probes_and_blocks(self) -> None:
-        theirs = self.oracle.probes(self.ids)
-        ours = reference.probes(self.family, self.config, self.weights, self.ids)
+        theirs = self.oracle.probes(**self.arguments)
+        ours = reference.probes(self.family, self.config, self.weights, **self.arguments)
         if missing := {spec.name for spec in self.family.probes(self.config)} - theirs.keys():
             raise GoldenError(f"{self.recipe.name}: the oracle shows no {', '.join(sorted(missing))}")
         for name, probe in theirs.items():
             self.agree("probes", name, ours[name], probe)
-        self.routing = self._require_margins(self.config, self.weights, self.ids, theirs, self.dtypes)
+        self.routing = self._require_margins(self.config, self.weights, self.arguments, theirs, self.dtypes)
         if "probes" in self.recipe.store:
             self.expected |= {f"probe.{name}": probe for name, probe in theirs.items() if name != "logits"}
         if "blocks" in self.recipe.store:
@@ -155,15 +180,15 @@ class _Derivation:
                 self._block(layer, *block)
 
     def _block(self, layer: int, config: Config, weights: dict[str, Tensor], ids: Tensor, block_input: Tensor) -> None:
-        oracle = oracle_class(self.family)(self.family, config, weights)
-        truth = oracle.logits(ids)
-        self.agree("blocks", f"block {layer} alone", reference.logits(config, weights, ids), truth)
+        oracle, arguments = oracle_class(self.family)(self.family, config, weights), {"input_ids": ids}
+        truth = oracle.logits(**arguments)
+        self.agree("blocks", f"block {layer} alone", reference.logits(config, weights, **arguments), truth)
         self.expected |= {f"blocks.{layer}.input": block_input, f"blocks.{layer}.logits": truth}
         dtypes = self.dtypes
         if self.routes:
             dtypes = self._claimed("golden.blocks")
-            self._require_margins(config, weights, ids, oracle.probes(ids), dtypes)
-        self.noise[f"blocks.{layer}"] = measure_noise(self.family, config, weights, ids, truth, dtypes)
+            self._require_margins(config, weights, arguments, oracle.probes(**arguments), dtypes)
+        self.noise[f"blocks.{layer}"] = measure_noise(self.family, config, weights, arguments, truth, dtypes)
 
     def _claimed(self, *checks: str) -> list[str]:
         """The working dtypes in which one of the checks is claimed."""
@@ -171,24 +196,49 @@ class _Derivation:
         return [dtype for dtype in bounds.UNIT_ROUNDOFF if dtype in claimed]
 
     def _require_margins(
-        self, config: Config, weights: dict[str, Tensor], ids: Tensor, probes: dict[str, Tensor], dtypes: list[str]
+        self,
+        config: Config,
+        weights: dict[str, Tensor],
+        arguments: dict[str, Tensor],
+        probes: dict[str, Tensor],
+        dtypes: list[str],
     ) -> dict[str, Any]:
-        return routing.require_margins(self.recipe.name, self.family, config, weights, ids, probes, dtypes)
+        return routing.require_margins(self.recipe.name, self.family, config, weights, arguments, probes, dtypes)
 
     def _blocks(self, probes: dict[str, Tensor]) -> Iterator[tuple[Config, dict[str, Tensor], Tensor, Tensor]]:
         """One-layer checkpoints: (config, weights, ids, the block's input rounded to bfloat16, stored as float32)."""
+        one_block = self.family.block_checkpoint
+        if one_block is None:
+            raise GoldenError(f"{self.recipe.name}: stores blocks, and {self.family.name} has no block_checkpoint")
         for layer in range(self.config[self.family.layers_key]):
             source = probes["embedding" if layer == 0 else f"layers.{layer - 1}.output"]
             block_input = source.to(torch.bfloat16).to(torch.float32)
-            config, weights = self.family.block_checkpoint(self.config, self.weights, block_input, layer)
+            config, weights = one_block(self.config, self.weights, block_input, layer)
             ids = torch.arange(block_input.shape[0] * block_input.shape[1]).view(block_input.shape[:2])
             yield config, weights, ids, block_input
 
+    def cut_sources(self) -> None:
+        """The truth of each row with its source cut to its length, alone and so without padding."""
+
+        def row_by_row(logits: Callable[..., Tensor]) -> Tensor:
+            rows = enumerate(self.inputs["lengths"].tolist())
+            ids, decoded = self.ids, self.inputs["decoder_input_ids"]
+            return torch.cat(
+                [logits(input_ids=ids[r : r + 1, :n], decoder_input_ids=decoded[r : r + 1]) for r, n in rows]
+            )
+
+        truth = row_by_row(self.oracle.logits)
+        self.agree("logits", "logits of cut sources", row_by_row(reference.forward(self.config, self.weights)), truth)
+        self.expected["source_cut.logits"] = truth
+
     def check_padding(self) -> None:
-        """The oracle's padded forwards must give the truth that the padding checks derive from the full forward."""
+        """The oracle's padded forwards must give the truth that the padding checks derive from rows without pads."""
         for side in ("left", "right"):
-            ids, mask, truth = padded(self.inputs, self.truth, side)
-            error = bounds.measure(self.oracle.logits(ids, mask)[mask.bool()], truth[mask.bool()]).max
+            if f"golden.{side}_padding" not in self.recipe.claims:
+                continue
+            batch = padded(self.inputs, self.expected.get("source_cut.logits", self.truth), side)
+            real = batch.mask.bool()
+            error = bounds.measure(self.oracle.logits(**batch.arguments)[real], batch.truth[real]).max
             if not error <= AGREEMENT:
                 raise GoldenError(
                     f"{self.recipe.name}: the oracle padded on the {side} differs from its rows by {error:.1e}"
@@ -202,7 +252,7 @@ class _Derivation:
         for label, config in self.recipe.counterfactuals.items():
             known = self.family.tensor_shapes(config)
             weights = {name: weight for name, weight in self.weights.items() if name in known}
-            wrong = oracle_class(self.family)(self.family, config, weights).logits(self.ids)
+            wrong = oracle_class(self.family)(self.family, config, weights).logits(**self.arguments)
             movement[label] = bounds.measure(wrong[:, self.rows], self.truth[:, self.rows]).max
             if label == f"{self.recipe.field} ignored" and movement[label] < MOVEMENT:
                 raise GoldenError(
@@ -217,7 +267,7 @@ def measure_noise(
     family: Family,
     config: Config,
     weights: dict[str, Tensor],
-    ids: Tensor,
+    arguments: dict[str, Tensor],
     truth: Tensor,
     dtypes: Iterable[str] = tuple(bounds.UNIT_ROUNDOFF),
     rows: slice = slice(None),
@@ -231,9 +281,12 @@ def measure_noise(
         errors = []
         for kernel in family.oracle_kernels:
             model = oracle_class(family)(family, config, weights, dtype=getattr(torch, name), attention=kernel)
-            errors.append(bounds.measure(model.logits(ids)[:, rows], truth[:, rows]))
-            if kernel == "eager" and len(ids) > 1:
-                alone = torch.cat([model.logits(row[None]) for row in ids])
+            errors.append(bounds.measure(model.logits(**arguments)[:, rows], truth[:, rows]))
+            batch = len(arguments["input_ids"])
+            if kernel == "eager" and batch > 1:
+                alone = torch.cat(
+                    [model.logits(**{n: t[r : r + 1] for n, t in arguments.items()}) for r in range(batch)]
+                )
                 errors.append(bounds.measure(alone[:, rows], truth[:, rows]))
         if not all(math.isfinite(error.max) and math.isfinite(error.rms) for error in errors):
             raise GoldenError(f"the oracle's error in {name} is not finite; draw smaller weights")
