@@ -260,6 +260,6 @@ def journalled(scratch: str | None) -> Example | None:
     """The example that was run last, as the journal has it."""
     path = journal_file(scratch)
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path else None  # type: ignore[no-any-return]
+        return json.loads(path.read_text(encoding="utf-8")) if path else None
     except (OSError, ValueError):
         return None

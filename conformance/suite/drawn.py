@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from conformance import strategies
 from conformance.families.properties import WIDEST_WINDOW
+from conformance.implementation import Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from conformance.families import Family
+    from conformance.families.properties import Properties
     from conformance.implementation import Candidate, Session
     from conformance.judge import Judge
 
@@ -29,14 +31,33 @@ def family(judge: "Judge") -> "Family":
     return get(judge.case.family)  # type: ignore[no-any-return]
 
 
+def properties(judge: "Judge") -> "Properties":
+    """The capability table of the case's family.  Raises: Unsupported if it has none."""
+    found = family(judge).properties
+    if found is None:
+        raise Unsupported(f"the family {judge.case.family} states no properties")
+    return found
+
+
+def one_layer(judge: "Judge", table: "Tensor", layer: int) -> "Candidate":
+    """A model of one layer of the case's, whose embedding table is `table` (tokens, hidden); positions do not count
+    where they are looked up.
+    """
+    make = family(judge).block_checkpoint
+    if make is None:
+        raise Unsupported(f"one layer of {judge.case.family} cannot be had alone")
+    return judge.load_other(*make(judge.case.config, judge.case.weights, table[None], layer))
+
+
 def longest(judge: "Judge") -> int:
     """The most tokens that a text may have: the rows of the position table, if it is not larger than `MOST_TOKENS`."""
-    return min(judge.case.config.get(family(judge).positions_key, MOST_TOKENS), MOST_TOKENS)
+    rows: int = judge.case.config.get(family(judge).positions_key, MOST_TOKENS)
+    return min(rows, MOST_TOKENS)
 
 
 def windows(judge: "Judge") -> tuple[int | None, ...]:
     """For each layer the keys that a query sees, None where it sees all of any text that is drawn."""
-    found = family(judge).properties.windows(judge.case.config)  # type: ignore[union-attr]
+    found = properties(judge).windows(judge.case.config)
     return tuple(None if window is None or window > WIDEST_WINDOW else window for window in found)
 
 
@@ -121,7 +142,8 @@ class Ragged:
         """(batch, columns, …): values of the tokens of `whole`, where padding puts them."""
         import torch
 
-        return values[torch.arange(len(self.place))[:, None], self.place.to(values.device)]
+        found: Tensor = values[torch.arange(len(self.place))[:, None], self.place.to(values.device)]
+        return found
 
 
 def ragged(judge: "Judge", seed: int, lengths: Sequence[int], extra: int, side: str, after: int = 0) -> Ragged:

@@ -4,8 +4,11 @@ from typing import TYPE_CHECKING
 
 from conformance import draws
 from conformance.implementation import Misbehaviour, Unsupported, running
-from conformance.strategies import changed_texts, different_ids
+from conformance.strategies import SEEDS, changed_texts, different_ids
 from conformance.suite import drawn
+
+# A token of the source counts as without effect if none of so many others in its place has one.
+ALTERNATIVES = 5
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +34,24 @@ def test_prefix(judge: "Judge") -> None:
     judge.search(changed_texts(drawn.usual(judge)), holds, [{"ids": 0, "length": 2, "at": 1, "other": 0}])
 
 
+def test_source(judge: "Judge") -> None:
+    """An encoder is not causal: every token of the source moves the logits of the first token that is decoded."""
+    import torch
+    from hypothesis import strategies as st
+
+    def holds(example: "Example") -> None:
+        text, at = drawn.text(judge, example["ids"], 1, 1), example["at"]
+        assert text.source is not None
+        others = text.source.repeat(1 + ALTERNATIVES, 1)
+        others[1:, at] = torch.stack([drawn.changed(judge, text.source[0, at], by) for by in range(ALTERNATIVES)])
+        logits = drawn.logits(judge, drawn.Text(text.ids.expand(len(others), -1), others))
+        if not any(judge.moved(other, logits[0]) for other in logits[1:]):
+            raise Misbehaviour("no effect", f"token {at} of the source does not move the first logits")
+
+    first = [{"ids": 0, "at": at} for at in range(drawn.SOURCE_TOKENS)]
+    judge.search(st.fixed_dictionaries({"ids": SEEDS, "at": st.integers(0, drawn.SOURCE_TOKENS - 1)}), holds, first)
+
+
 def test_gradient(judge: "Judge") -> None:
     """The gradient of a token's logits is exactly 0 for every later token's embedding, and not for its own.
 
@@ -38,7 +59,7 @@ def test_gradient(judge: "Judge") -> None:
     gradient belongs to one token.  Only logits of ids that the text does not hold are summed: where the head is the
     table, it adds nothing to the rows that are looked at.
     """
-    table = drawn.family(judge).properties.table
+    table = drawn.properties(judge).table
     found = judge.candidate.parameters([table])
     if found is None:
         raise Unsupported("the model has no parameters by hub name")
@@ -60,17 +81,23 @@ def test_gradient(judge: "Judge") -> None:
 
 def _gradient(judge: "Judge", table: "Tensor", example: "Example") -> "Tensor":
     """(length, hidden): gradient of a mixture of the logits at token `at` for each token's embedding."""
+    import torch
+
     vocab = judge.case.config["vocab_size"]
-    text = different_ids(example["ids"], example["length"], vocab)
+    text = drawn.around(judge, different_ids(example["ids"], example["length"], vocab), example["ids"])
+    ids = text.ids[0]
+    if text.source is not None:  # one table may serve both
+        free = torch.tensor([id_ for id_ in range(vocab) if id_ not in ids])
+        text = drawn.Text(text.ids, free[text.source % len(free)])
     mixture = draws.integers(f"property/mixture/{example['other']}", vocab, 1, draws.LARGEST).double()
-    mixture[text[0]] = 0
+    mixture[ids] = 0
     table.requires_grad_(True)
     table.grad = None
     with judge.precision(gradients=True):
-        logits = judge.candidate(**drawn.around(judge, text, example["ids"]).arguments()).logits
+        logits = judge.candidate(**text.arguments()).logits
         with running("logits.backward()"):
             (logits[0, example["at"]] * mixture.to(logits.device)).sum().backward()
     gradient, table.grad = table.grad, None
     if gradient is None:
         raise Misbehaviour("no effect", "the logits have no gradient at the embedding table")
-    return gradient[text[0].to(gradient.device)].detach().cpu()
+    return gradient[ids.to(gradient.device)].detach().cpu()

@@ -33,7 +33,7 @@ def test_directions(judge: "Judge") -> None:
 
 def test_tied(judge: "Judge") -> None:
     """The gradient of a table that is embedding and head at once is the sum of both; the direction is in it alone."""
-    _check_slopes(judge, [drawn.family(judge).properties.table])
+    _check_slopes(judge, [drawn.properties(judge).table])
 
 
 def _check_slopes(judge: "Judge", names: list[str]) -> None:

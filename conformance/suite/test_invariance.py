@@ -61,11 +61,9 @@ def test_order(judge: "Judge") -> None:
     """
     import torch
 
-    family, case = drawn.family(judge), judge.case
     layer = drawn.windows(judge).index(None)
-    tokens = min(case.config["vocab_size"], 4 * drawn.USUAL_TOKENS)
-    table = case.weights[family.properties.table][None, :tokens]
-    other = judge.load_other(*family.block_checkpoint(case.config, case.weights, table, layer))
+    tokens = min(judge.case.config["vocab_size"], 4 * drawn.USUAL_TOKENS)
+    other = drawn.one_layer(judge, judge.case.weights[drawn.properties(judge).table][:tokens], layer)
 
     def holds(example: "Example") -> None:
         order = example["order"]
@@ -80,7 +78,7 @@ def test_order(judge: "Judge") -> None:
 def _twins(judge: "Judge", name: str, what: str) -> None:
     """Compare the two checkpoints that the family makes of the case's."""
     most = drawn.usual(judge)
-    pair = drawn.family(judge).properties.twins[name].make(judge.case.config, judge.case.weights, most)
+    pair = drawn.properties(judge).twins[name].make(judge.case.config, judge.case.weights, most)
     first, second = (judge.load_other(config, weights) for config, weights in pair)
 
     def holds(example: "Example") -> None:

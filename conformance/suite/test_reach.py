@@ -44,17 +44,15 @@ def test_one_layer(judge: "Judge") -> None:
     """
     from hypothesis import strategies as st
 
-    family, case = drawn.family(judge), judge.case
     windows = drawn.windows(judge)
-    tokens = min(case.config["vocab_size"], 4 * drawn.USUAL_TOKENS)
+    tokens = min(judge.case.config["vocab_size"], 4 * drawn.USUAL_TOKENS)
+    width = judge.case.weights[drawn.properties(judge).table].shape[1]
     loaded: dict[int, Candidate] = {}
 
     def holds(example: "Example") -> None:
         layer = example["layer"]
         if layer not in loaded:
-            width = case.weights[family.properties.table].shape[1]
-            table = floats(0, "table", (1, tokens, width))
-            loaded[layer] = judge.load_other(*family.block_checkpoint(case.config, case.weights, table, layer))
+            loaded[layer] = drawn.one_layer(judge, floats(0, "table", (tokens, width)), layer)
         window = windows[layer]
         length = drawn.USUAL_TOKENS if window is None else window + BEYOND
         ids = drawn.ids(judge, example["ids"], 1, min(length, drawn.longest(judge))) % tokens

@@ -45,7 +45,9 @@ def test_weights(judge: "Judge") -> None:
             judge.moved(drawn.logits_of(judge, other, drawn.text(judge, seed, ROWS, length)), logits_before(seed))
             for seed in range(TEXTS)
         )
-        reason = next((why for pattern, why in family.properties.unmoved.items() if re.search(pattern, name)), None)
+        reason = next(
+            (why for pattern, why in drawn.properties(judge).unmoved.items() if re.search(pattern, name)), None
+        )
         if reason is None and not moved:
             raise Misbehaviour("no effect", f"the logits do not move when {name} is drawn anew: is it loaded?")
         if reason is not None and moved:
