@@ -90,15 +90,18 @@ def plans(draw: "DrawFn", longest: int, *, rows: int = 2) -> "Example":
 
 
 @st.composite
-def _plan(draw: "DrawFn", longest: int) -> list[int]:
-    """One to `longest` calls; small and large ones alike."""
-    left = draw(st.integers(1, longest))
-    plan = []
-    while left:
-        size = draw(st.integers(1, left))
-        plan.append(size)
-        left -= size
+def plan_of(draw: "DrawFn", total: int) -> list[int]:
+    """Sizes of calls that add up to `total`."""
+    plan: list[int] = []
+    while left := total - sum(plan):
+        plan.append(draw(st.integers(1, left)))
     return plan
+
+
+@st.composite
+def _plan(draw: "DrawFn", longest: int) -> list[int]:
+    """Sizes of calls that add up to `longest` at most."""
+    return draw(plan_of(draw(st.integers(1, longest))))
 
 
 @st.composite
@@ -108,12 +111,7 @@ def ragged_plans(draw: "DrawFn", longest: int, decoded: int) -> "Example":
     {"ids", "lengths", "extra", "plan"}: the plan cuts the padded prompts; their width is what its sizes add up to.
     """
     example = draw(ragged_texts(longest - decoded))
-    width = max(example["lengths"]) + example["extra"]
-    plan = []
-    left = width
-    while left:
-        plan.append(draw(st.integers(1, left)))
-        left -= plan[-1]
+    plan = draw(plan_of(max(example["lengths"]) + example["extra"]))
     return {"ids": example["ids"], "lengths": example["lengths"], "extra": example["extra"], "plan": plan}
 
 
@@ -173,6 +171,13 @@ WORDS = {
     "ids": "ids from seed {}",
     "other": "the others from seed {}",
     "layer": "layer {}",
+    "inputs": "inputs from seed {}",
+    "shift": "positions {} further on",
+    "times": "{} times as large",
+    "added": "{} added",
+    "longer": "{} keys more",
+    "prompt": "a prompt of {} tokens",
+    "turn": "turned by {}",
     "tensor": "{}",
 }
 

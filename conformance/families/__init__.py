@@ -195,7 +195,7 @@ class Component:
     reference: "module:function" of reference_impl with the same argument names.
     carried: a return -> the argument that takes it when the next piece of a sequence is fed; such a component can be
         fed in pieces, cut and joined along the axis called "seq".
-    relations: name of a check of the group `invariance` -> the calls that it compares.
+    relations: a property check -> the two calls that it compares.
     """
 
     name: str
@@ -215,7 +215,13 @@ class Component:
 
     def relations_of(self, recipe: ComponentRecipe) -> list[str]:
         """The relations that a case has."""
-        return [name for name, relation in self.relations.items() if relation.applies(recipe)]
+        pieces = ["cache.any_plan"] if "component.chunks" in recipe.claims else []
+        searched = recipe.name.split("/")[1] in ("plain", "distinct")
+        return pieces + [
+            check
+            for check, relation in self.relations.items()
+            if relation.applies(recipe) and (searched or not relation.everywhere)
+        ]
 
     @property
     def weights(self) -> frozenset[str]:
@@ -227,7 +233,7 @@ def claims(recipe: "Recipe | ComponentRecipe") -> dict[str, tuple[str, ...]]:
     """All claims of a case, check -> dtypes: the goldens' that its recipe states, and its family's properties."""
     family = get(recipe.name.split("/")[0])
     if isinstance(recipe, ComponentRecipe):
-        return {**recipe.claims, **{f"invariance.{name}": ("float64",) for name in family.relations_of(recipe)}}
+        return {**recipe.claims, **dict.fromkeys(family.relations_of(recipe), ("float64",))}
     found = {} if family.properties is None else family.properties.of(recipe.name, recipe.config)
     return {**recipe.claims, **found}
 

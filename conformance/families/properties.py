@@ -68,16 +68,20 @@ class Twins:
 class Relation:
     """Two calls of a component whose returns say the same: a property of its maths.
 
-    applies: whether a case has it (of its recipe).
-    other: tensors and settings of a call, all by name, and the example -> those of the other call that differ.
-    expected: returns of the first call, the example -> the returns of the other, those that are compared.
-    sizes: axes of the returns that are other than the case's in the other call: the example -> axis -> size.
-    draws: further keys of an example -> the numbers they lie between, both included.
+    applies: whether a case has it, of its recipe.
+    everywhere: every case has it, so that plain and distinct are enough.
+    make: tensors and settings of a call by name, the example -> what differs from them in the one call, and in the other.
+    expected: returns of the one call, the example -> what the other must return.
+    compared: returns of the other call, the example -> what is compared with that.
+    sizes: the example -> axes of the returns that have another size in the other call than in the case.
+    draws: keys of an example beside the seed of the inputs -> the numbers they lie between, both included.
     """
 
-    applies: Callable[[Any], bool]
-    other: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+    applies: Callable[[Any], bool] = lambda recipe: True
+    everywhere: bool = False
+    make: Callable[[dict[str, Any], dict[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
     expected: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda returns, example: returns
+    compared: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda returns, example: returns
     sizes: Callable[[dict[str, Any]], Mapping[str, int]] = lambda example: {}
     draws: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from conformance.strategies import permuted_texts, ragged_plans, ragged_texts, rows_of_texts
 from conformance.suite import drawn
+from conformance.suite.related import calls_agree
 
 if TYPE_CHECKING:
     from conformance.judge import Judge
@@ -14,7 +15,10 @@ DECODED = 3
 
 
 def test_alone(judge: "Judge") -> None:
-    """A row of a batch gets the logits that it gets alone."""
+    """A row of a batch gets what it gets alone."""
+    if judge.is_component:
+        calls_agree(judge, "batching.alone")
+        return
 
     def holds(example: "Example") -> None:
         text, row = drawn.text(judge, example["ids"], example["batch"], example["length"]), example["row"]
@@ -41,8 +45,12 @@ def test_permutation(judge: "Judge") -> None:
 def test_padding(judge: "Judge") -> None:
     """Rows of different lengths, padded with junk on the left or on the right, get the logits they get without padding.
 
-    Lengths of 1 and columns that hold nothing but padding are among them.
+    Lengths of 1 and columns that hold nothing but padding are among them.  A component returns the same whatever stands
+    in the masked places of its input.
     """
+    if judge.is_component:
+        calls_agree(judge, "batching.padding")
+        return
     judge.candidate.need("decoder_attention_mask" if drawn.family(judge).encoder_decoder else "attention_mask")
 
     def holds(example: "Example") -> None:

@@ -6,6 +6,7 @@ from conformance.implementation import Misbehaviour, Unsupported
 from conformance.strategies import SEEDS, interleaved, plans, ragged_plans
 from conformance.suite import drawn
 from conformance.suite.padding import moved, padded_ids, row_truth
+from conformance.suite.related import pieces_agree
 from conformance.suite.test_batching import DECODED as RAGGED_STEPS
 from conformance.suite.test_batching import ragged_session
 
@@ -98,8 +99,12 @@ def test_any_plan(judge: "Judge") -> None:
     """Fed in calls of any sizes, a session gives what one full forward gives.
 
     First token by token; a prompt and then single tokens; and where there is a window, calls of its size, of one token
-    less and of one more, three windows long.
+    less and of one more, three windows long.  A recurrent component is fed a sequence in pieces, each with the state
+    that the one before returned.
     """
+    if judge.is_component:
+        pieces_agree(judge)
+        return
 
     def holds(example: "Example") -> None:
         plan = example["plan"]

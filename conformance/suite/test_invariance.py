@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from conformance.strategies import permuted_texts, texts
 from conformance.suite import drawn
+from conformance.suite.related import calls_agree
 
 if TYPE_CHECKING:
     from conformance.judge import Judge
@@ -16,11 +17,14 @@ FARTHEST = 500
 def test_shift(judge: "Judge") -> None:
     """With rotary positions only distances count: all positions moved by the same number give the same logits.
 
-    A mask of ones goes along where the model takes one, so that the positions are not read as those of packed texts.
+    Of the component alone, the products of rotated vectors are compared.  A mask of ones goes along where the model takes one, so that the positions are not read as those of packed texts.
     """
     import torch
     from hypothesis import strategies as st
 
+    if judge.is_component:
+        calls_agree(judge, "invariance.shift")
+        return
     judge.candidate.need("position_ids")
 
     def holds(example: "Example") -> None:
@@ -42,24 +46,39 @@ def test_repeated_key_values(judge: "Judge") -> None:
 
     A checkpoint that repeats them, and says that it has as many as query heads, gives the same logits.
     """
+    if judge.is_component:
+        calls_agree(judge, "invariance.repeated_key_values")
+        return
     _twins(judge, "repeated_key_values", "logits differ when every query head has a copy of its key and value head")
 
 
 def test_wide_window(judge: "Judge") -> None:
     """A window that no text outgrows is no window: the checkpoint without one gives the same logits."""
+    if judge.is_component:
+        calls_agree(judge, "invariance.wide_window")
+        return
     _twins(judge, "wide_window", "logits with a window as long as the text differ from those without a window")
 
 
 def test_one_expert(judge: "Judge") -> None:
     """Experts that are all alike are one expert, whatever the router says: its weights add up to 1."""
+    if judge.is_component:
+        calls_agree(judge, "invariance.one_expert")
+        return
     _twins(judge, "one_expert", "logits of experts that are all alike differ from those of that expert alone")
 
 
 def test_order(judge: "Judge") -> None:
-    """Without positions attention is blind to order: in one layer whose table of positions is zero the last token's
+    """Without positions attention is blind to order.
+
+    Keys may change places with their values; in a model of one layer whose table of positions is zero the last token's
     logits stay when the tokens before it change places.
     """
     import torch
+
+    if judge.is_component:
+        calls_agree(judge, "invariance.order")
+        return
 
     layer = drawn.windows(judge).index(None)
     tokens = min(judge.case.config["vocab_size"], 4 * drawn.USUAL_TOKENS)
@@ -73,6 +92,26 @@ def test_order(judge: "Judge") -> None:
         judge.same(got, wanted, "without positions, the order of earlier tokens moves the last one's logits")
 
     judge.search(permuted_texts(1), holds, [{"ids": 0, "length": 1, "order": [2, 0, 1]}])
+
+
+def test_weights_sum_to_one(judge: "Judge") -> None:
+    """Attention weights add up to 1: where all values are alike, the result is that value, whatever the scores."""
+    calls_agree(judge, "invariance.weights_sum_to_one")
+
+
+def test_scale(judge: "Judge") -> None:
+    """A norm does not see the scale of its input: n times the input with n² times ε gives the same."""
+    calls_agree(judge, "invariance.scale")
+
+
+def test_offset(judge: "Judge") -> None:
+    """LayerNorm takes the mean away: the same number added to all elements changes nothing."""
+    calls_agree(judge, "invariance.offset")
+
+
+def test_reversal(judge: "Judge") -> None:
+    """A bidirectional layer reads a sequence backwards as well as forwards, the directions' weights exchanged."""
+    calls_agree(judge, "invariance.reversal")
 
 
 def _twins(judge: "Judge", name: str, what: str) -> None:
