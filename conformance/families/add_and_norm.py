@@ -71,6 +71,10 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.norm:add_and_norm",
-    relations={"batching.alone": relations.rows('x', 'sublayer_output'), "invariance.scale": relations.scale("x","sublayer_output"), "invariance.offset": relations.offset("x")},
+    relations={
+        "batching.alone": relations.rows("x", "sublayer_output"),
+        "invariance.scale": relations.scale("x", "sublayer_output"),
+        "invariance.offset": relations.offset("x"),
+    },
     fields=(ConfigField(name="eps", default="1e-5", meaning="ε, inside the root"),),
 )  # fmt: skip

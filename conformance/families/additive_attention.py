@@ -104,5 +104,10 @@ FAMILY = Component(
     truth=truth,
     exact=True,
     reference="reference_impl.nn.sequence_attention:additive_attention",
-    relations={"batching.alone": relations.rows('query', 'memory', 'source_mask'), "batching.padding": relations.padding("source_mask","memory"), "invariance.order": relations.source_order("context"), "invariance.weights_sum_to_one": relations.mixes_memory("context")},
+    relations={
+        "batching.alone": relations.rows("query", "memory", "source_mask"),
+        "batching.padding": relations.padding("source_mask", "memory"),
+        "invariance.order": relations.source_order("context"),
+        "invariance.weights_sum_to_one": relations.mixes_memory("context"),
+    },
 )  # fmt: skip

@@ -80,6 +80,8 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.feed_forward:feed_forward",
-    relations={"batching.alone": relations.rows("x")},
+    relations={
+        "batching.alone": relations.rows("x"),
+    },
     fields=(ConfigField(name="hidden_act", default="relu", meaning="the activation, by the hub's name"),),
 )

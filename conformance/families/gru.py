@@ -72,7 +72,11 @@ FAMILY = Component(
     ),
     truth=with_mistakes(truth),
     reference="reference_impl.nn.recurrent:gru",
-    relations={"batching.alone": relations.rows('x', 'lengths', states=('h0',), returned_states=('h_n',)), "batching.padding": relations.junk_after_lengths(), "invariance.reversal": relations.reversal()},
+    relations={
+        "batching.alone": relations.rows("x", "lengths", states=("h0",), returned_states=("h_n",)),
+        "batching.padding": relations.junk_after_lengths(),
+        "invariance.reversal": relations.reversal(),
+    },
     fields=(LAYERS, DIRECTIONS, _RESET_AFTER),
     carried={"h_n": "h0"},
 )  # fmt: skip

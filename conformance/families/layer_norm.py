@@ -65,6 +65,10 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.norm:layer_norm",
-    relations={"batching.alone": relations.rows('x'), "invariance.scale": relations.scale("x"), "invariance.offset": relations.offset("x")},
+    relations={
+        "batching.alone": relations.rows("x"),
+        "invariance.scale": relations.scale("x"),
+        "invariance.offset": relations.offset("x"),
+    },
     fields=(ConfigField(name="eps", default="1e-5", meaning="ε, inside the root"),),
 )  # fmt: skip

@@ -55,7 +55,11 @@ FAMILY = Component(
     ),
     truth=with_mistakes(truth),
     reference="reference_impl.nn.recurrent:lstm",
-    relations={"batching.alone": relations.rows('x', 'lengths', states=('h0', 'c0'), returned_states=('h_n', 'c_n')), "batching.padding": relations.junk_after_lengths(), "invariance.reversal": relations.reversal()},
+    relations={
+        "batching.alone": relations.rows("x", "lengths", states=("h0", "c0"), returned_states=("h_n", "c_n")),
+        "batching.padding": relations.junk_after_lengths(),
+        "invariance.reversal": relations.reversal(),
+    },
     fields=(LAYERS, DIRECTIONS),
     carried={"h_n": "h0", "c_n": "c0"},
 )  # fmt: skip

@@ -123,5 +123,7 @@ FAMILY = Component(
     truth=truth,
     exact=True,
     reference="reference_impl.nn.lstmn:lstmn",
-    relations={"batching.alone": relations.rows('x', 'h0', 'c0', 'summary0')},
+    relations={
+        "batching.alone": relations.rows("x", "h0", "c0", "summary0"),
+    },
 )  # fmt: skip

@@ -117,6 +117,11 @@ FAMILY = Component(
     truth=truth,
     exact=True,
     reference="reference_impl.nn.sequence_attention:luong_attention",
-    relations={"batching.alone": relations.rows('query', 'memory', 'source_mask'), "batching.padding": relations.padding("source_mask","memory"), "invariance.order": relations.source_order("attentional"), "invariance.weights_sum_to_one": relations.mixes_memory("attentional")},
+    relations={
+        "batching.alone": relations.rows("query", "memory", "source_mask"),
+        "batching.padding": relations.padding("source_mask", "memory"),
+        "invariance.order": relations.source_order("attentional"),
+        "invariance.weights_sum_to_one": relations.mixes_memory("attentional"),
+    },
     fields=(_SCORE,),
 )  # fmt: skip

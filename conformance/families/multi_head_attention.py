@@ -210,7 +210,13 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.multi_head_attention:multi_head_attention",
-    relations={"batching.alone": relations.rows('query', 'key', 'value', 'attention_mask'), "batching.padding": relations.padding("attention_mask","key","value"), "invariance.weights_sum_to_one": relations.mixes_values(), "invariance.order": relations.blind_to_order(), "invariance.repeated_key_values": relations.repeated_key_values()},
+    relations={
+        "batching.alone": relations.rows("query", "key", "value", "attention_mask"),
+        "batching.padding": relations.padding("attention_mask", "key", "value"),
+        "invariance.weights_sum_to_one": relations.mixes_values(),
+        "invariance.order": relations.blind_to_order(),
+        "invariance.repeated_key_values": relations.repeated_key_values(),
+    },
     fields=(
         ConfigField(name="causal", default="none", meaning="whether later keys are hidden"),
         ConfigField(name="num_key_value_heads", default="none", meaning="key and value heads"),

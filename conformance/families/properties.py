@@ -70,7 +70,8 @@ class Relation:
 
     applies: whether a case has it, of its recipe.
     everywhere: every case has it, so that plain and distinct are enough.
-    make: tensors and settings of a call by name, the example -> what differs from them in the one call, and in the other.
+    make: tensors and settings of a call by name, the example -> what differs from them in the one call and in the
+        other.
     expected: returns of the one call, the example -> what the other must return.
     compared: returns of the other call, the example -> what is compared with that.
     sizes: the example -> axes of the returns that have another size in the other call than in the case.

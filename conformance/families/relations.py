@@ -132,7 +132,7 @@ def _order(length: int, example: Call) -> list[int]:
 
 
 def blind_to_order() -> Relation:
-    """Without positions and a causal mask, keys and values may change places together, and queries with their results."""
+    """Without positions and a causal mask, keys may change places with their values, and queries with their results."""
 
     def make(call: Call, example: Call) -> Made:
         keys, queries = _order(call["key"].shape[1], example), _order(call["query"].shape[1], example)
@@ -243,7 +243,7 @@ def reversal() -> Relation:
 
     def expected(returns: Call, example: Call) -> Call:
         forward, reverse = returns["output"].flip(1).chunk(2, dim=-1)
-        states = {name: returns[name].flip(0) for name in ("h_n", "c_n") if name in returns}
+        states: Call = {name: returns[name].flip(0) for name in ("h_n", "c_n") if name in returns}
         return {"output": _beside(reverse, forward), **states}
 
     return Relation(

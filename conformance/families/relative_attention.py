@@ -97,5 +97,7 @@ FAMILY = Component(
     truth=truth,
     exact=True,
     reference="reference_impl.nn.relative_attention:relative_attention",
-    relations={"batching.alone": relations.rows('x', 'memory')},
+    relations={
+        "batching.alone": relations.rows("x", "memory"),
+    },
 )  # fmt: skip

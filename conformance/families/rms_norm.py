@@ -57,6 +57,9 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.norm:rms_norm",
-    relations={"batching.alone": relations.rows('x'), "invariance.scale": relations.scale("x")},
+    relations={
+        "batching.alone": relations.rows("x"),
+        "invariance.scale": relations.scale("x"),
+    },
     fields=(ConfigField(name="eps", default="1e-6", meaning="ε, inside the root"),),
 )  # fmt: skip

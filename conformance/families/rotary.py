@@ -94,7 +94,10 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.rotary_layouts:apply_rotary",
-    relations={"batching.alone": relations.rows('x', 'position_ids'), "invariance.shift": relations.rotated_distance()},
+    relations={
+        "batching.alone": relations.rows("x", "position_ids"),
+        "invariance.shift": relations.rotated_distance(),
+    },
     fields=(
         ConfigField(name="rope_theta", default="none", meaning="base of the frequencies"),
         ConfigField(name="rotary_dim", default="none", meaning="how many elements of a head turn"),

@@ -75,6 +75,8 @@ FAMILY = Component(
     truth=truth,
     exact=True,
     reference="reference_impl.nn.absolute_positions:sinusoidal_positions",
-    relations={"batching.alone": relations.rows('position_ids')},
+    relations={
+        "batching.alone": relations.rows("position_ids"),
+    },
     fields=(ConfigField(name="layout", default="none", meaning="where sines and cosines stand"),),
 )  # fmt: skip

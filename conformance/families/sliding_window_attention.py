@@ -85,6 +85,10 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.multi_head_attention:sliding_window_attention",
-    relations={"batching.alone": relations.rows('query', 'key', 'value'), "invariance.weights_sum_to_one": relations.mixes_values(axis=2), "invariance.wide_window": relations.wide_window()},
+    relations={
+        "batching.alone": relations.rows("query", "key", "value"),
+        "invariance.weights_sum_to_one": relations.mixes_values(axis=2),
+        "invariance.wide_window": relations.wide_window(),
+    },
     fields=(ConfigField(name="sliding_window", default="none", meaning="keys that a query sees, its own included"),),
 )  # fmt: skip

@@ -99,6 +99,9 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.sparse_moe:sparse_moe",
-    relations={"batching.alone": relations.rows('x'), "invariance.one_expert": relations.one_expert()},
+    relations={
+        "batching.alone": relations.rows("x"),
+        "invariance.one_expert": relations.one_expert(),
+    },
     fields=(ConfigField(name="num_experts_per_tok", default="none", meaning="k, how many experts a token uses"),),
 )  # fmt: skip

@@ -70,5 +70,7 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.feed_forward:swiglu",
-    relations={"batching.alone": relations.rows("x")},
+    relations={
+        "batching.alone": relations.rows("x"),
+    },
 )

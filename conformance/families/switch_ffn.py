@@ -80,6 +80,8 @@ FAMILY = Component(
     truth=truth,
     exact=True,
     reference="reference_impl.nn.switch:switch_ffn",
-    relations={"batching.alone": relations.rows('x')},
+    relations={
+        "batching.alone": relations.rows("x"),
+    },
     fields=(ConfigField(name="expert_capacity", default="none", meaning="tokens that an expert takes"),),
 )  # fmt: skip

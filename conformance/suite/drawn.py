@@ -117,7 +117,8 @@ def around(judge: "Judge", given: "Tensor", seed: int) -> Text:
 
 def changed(judge: "Judge", id_: "Tensor", by: int) -> "Tensor":
     """Other ids than these, none of them junk; `by` says which."""
-    usable = judge.case.config["vocab_size"] - strategies.junk(judge.case.config["vocab_size"])
+    vocab: int = judge.case.config["vocab_size"]
+    usable = vocab - strategies.junk(vocab)
     return (id_ + 1 + by % (usable - 1)) % usable
 
 
@@ -173,7 +174,8 @@ def logits(judge: "Judge", given: Text, mask: "Tensor | None" = None) -> "Tensor
 def logits_of(judge: "Judge", candidate: "Candidate", given: Text) -> "Tensor":
     """Logits that another candidate than the judge's own gives."""
     with judge.precision():
-        return candidate(**given.arguments()).logits
+        output = candidate(**given.arguments())
+    return output.logits
 
 
 def session(judge: "Judge", given: Text) -> "Session":

@@ -17,7 +17,8 @@ FARTHEST = 500
 def test_shift(judge: "Judge") -> None:
     """With rotary positions only distances count: all positions moved by the same number give the same logits.
 
-    Of the component alone, the products of rotated vectors are compared.  A mask of ones goes along where the model takes one, so that the positions are not read as those of packed texts.
+    Of the component alone, the products of rotated vectors are compared.  A mask of ones goes along where the model
+    takes one, so that the positions are not read as those of packed texts.
     """
     import torch
     from hypothesis import strategies as st
