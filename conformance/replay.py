@@ -42,15 +42,28 @@ def replayed(worker: "Worker", claim: "Claim", death: Died, timeout: float, sett
 
 
 def _alone(
-    worker: "Worker", claim: "Claim", example: "Example", timeout: float, settings: dict[str, Any]
+    worker: "Worker",
+    claim: "Claim",
+    example: "Example",
+    timeout: float,
+    settings: dict[str, Any],
+    patience: float | None = None,
 ) -> "dict[str, Any] | Died":
-    """What one example comes to in a process that has run nothing else."""
+    """What one example comes to in a process that has run nothing else.
+
+    patience: seconds for the example alone; what comes before, importing and loading, has the claim's time.
+    """
     worker.retire()
-    answer = worker.request(
-        timeout, op="judge", **dataclasses.asdict(claim), **{**settings, "example": example, "listing": False}
-    )
+    loaded = worker.request(timeout, op="judge", **_request(claim, settings, listing=True))
+    if isinstance(loaded, Died):
+        return loaded
+    answer = worker.request(patience or timeout, op="judge", **_request(claim, settings, example=example))
     worker.retire()
     return answer
+
+
+def _request(claim: "Claim", settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**dataclasses.asdict(claim), **settings, "example": None, **changes}
 
 
 def _as_bad(answer: "dict[str, Any] | Died", death: Died) -> bool:
@@ -64,9 +77,7 @@ def _smaller(
 
     Tried are examples that the check could draw, by size: the smallest, then ever larger ones.
     """
-    listed = worker.request(
-        timeout, op="judge", **dataclasses.asdict(claim), **{**settings, "example": None, "listing": True}
-    )
+    listed = worker.request(timeout, op="judge", **_request(claim, settings, listing=True))
     if isinstance(listed, Died) or "examples" not in listed:
         return example, death
     known = sorted((e for e in listed["examples"] if set(e) == set(example) and _size(e) < _size(example)), key=_size)
@@ -76,7 +87,7 @@ def _smaller(
         # By halves from the smallest: index 0, then the middle of what is left, …
         place = 0 if index == 0 else len(known) // 2
         candidate = known[place]
-        end = _alone(worker, claim, candidate, timeout / TRIES, settings)
+        end = _alone(worker, claim, candidate, timeout, settings, timeout / TRIES)
         if _as_bad(end, death):
             example, death = candidate, end
             known = known[:place]
@@ -92,7 +103,7 @@ def _size(example: "Example") -> tuple[int, int]:
         for number in value if isinstance(value, list) else [value]:
             if not isinstance(number, int):
                 continue
-            if key in ("ids", "other"):
+            if key in ("ids", "inputs", "other"):
                 seeds += number
             else:
                 sizes += number + 1

@@ -5,11 +5,12 @@ stand for token ids, see `conformance.strategies`), so that a failure can be rep
 
     conformance run IMPL --case llama/plain --check causality.prefix --dtype float64 --example '{"ids": 0, …}'
 
-What is drawn follows from the seed alone.  A failing example is made smaller in a bounded number of runs.  Before each
-example is run it is written to a journal outside this process, so that one that kills it is known; see
-`conformance.replay`.
+What is drawn follows from the seed and the version of Hypothesis.  A failing example is made smaller in a bounded
+number of runs.  Before each example is run it is written to a journal outside this process, so that one that kills it
+is known; see `conformance.replay`.
 """
 
+import functools
 import json
 import os
 import time
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from conformance.cases import FixtureError
 from conformance.implementation import CandidateRaised, Misbehaviour, Unsupported
+from conformance.strategies import in_order
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -225,6 +227,7 @@ def _given(strategy: "SearchStrategy[Example]", put: Callable[[Example], None], 
     import hypothesis
 
     settings = hypothesis.settings(
+        backend=_backend(),
         max_examples=count, deadline=None, database=None, derandomize=False, report_multiple_bugs=False,
         print_blob=False, verbosity=hypothesis.Verbosity.quiet, suppress_health_check=list(hypothesis.HealthCheck),
         phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
@@ -232,9 +235,25 @@ def _given(strategy: "SearchStrategy[Example]", put: Callable[[Example], None], 
 
     # A function of one signature, whatever `put` is
     def one(example: Example) -> None:
-        put(example)
+        put(in_order(example))
 
     settings(hypothesis.seed(seed)(hypothesis.given(strategy)(one)))()
+
+
+@functools.cache
+def _backend() -> str:
+    """Hypothesis's own backend, but for the constants that it reads out of whatever code is loaded.
+
+    With them the same seed would draw other examples where another module has been imported before.
+    """
+    from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
+
+    class SeedAlone(HypothesisProvider):
+        def _maybe_draw_constant(self, *_: Any, **__: Any) -> None:
+            return None
+
+    AVAILABLE_PROVIDERS["conformance"] = SeedAlone
+    return "conformance"
 
 
 # --- journal --------------------------------------------------------------------------------------------------------

@@ -159,27 +159,33 @@ def floats(seed: int, name: str, shape: Sequence[int], deviation: float = 1.0) -
 
 # key -> how a person says it; {} is the value.  What is not here is said as `key value`.
 WORDS = {
+    "tensor": "{}",
+    "layer": "layer {}",
     "batch": "rows: {}",
     "length": "tokens a row: {}",
     "lengths": "tokens of each row: {}",
     "side": "padded on the {}",
     "extra": "columns of padding beyond the longest row: {}",
+    "prompt": "a prompt of {} tokens",
+    "plan": "calls of {} tokens",
     "at": "token {} changed",
     "row": "row {}",
     "order": "order {}",
-    "plan": "calls of {} tokens",
-    "ids": "ids from seed {}",
-    "other": "the others from seed {}",
-    "layer": "layer {}",
-    "inputs": "inputs from seed {}",
     "shift": "positions {} further on",
     "times": "{} times as large",
     "added": "{} added",
     "longer": "{} keys more",
-    "prompt": "a prompt of {} tokens",
     "turn": "turned by {}",
-    "tensor": "{}",
+    "ids": "ids from seed {}",
+    "inputs": "inputs from seed {}",
+    "other": "the others from seed {}",
 }
+
+
+def in_order(example: "Example") -> "Example":
+    """The example with its keys in the order in which a person would say them."""
+    order = {key: place for place, key in enumerate(WORDS)}
+    return dict(sorted(example.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def describe(example: "Example") -> str:

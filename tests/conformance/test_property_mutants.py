@@ -1,0 +1,34 @@
+"""Every property check catches a mistake by itself, and none in the reference."""
+
+import pytest
+
+from conformance import check
+from conformance.suite import checks
+from property_mutants import MUTANTS, Mutant
+
+GOLDEN = ("golden.", "component.", "cache.prefill_decode", "cache.one_by_one", "cache.chunks", "cache.ragged")
+# Mistakes that show as an exception of the candidate's own.
+RAISE = {"a table of positions that is one row short"}
+# No family of the suite has an encoder yet.
+WITHOUT_FAMILY = {"causality.source"}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_killed(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = check(mutant.candidate(monkeypatch), mutant.case, mutant.check)
+    wanted = "error" if mutant.what in RAISE else "fail"
+    assert (result.outcome, result.example is not None) == (wanted, True), result
+
+
+@pytest.mark.parametrize(("case", "name"), sorted({(mutant.case, mutant.check) for mutant in MUTANTS}))
+def test_reference_passes(case: str, name: str) -> None:
+    result = check("reference", case, name)
+    if name == "cache.rolling_state":
+        assert result.outcome == "unsupported"
+    else:
+        assert (result.outcome, result.examples > 0) == ("pass", True), result
+
+
+def test_every_property_has_a_mutant() -> None:
+    properties = {name for name in checks() if not name.startswith(GOLDEN[:2]) and name not in GOLDEN}
+    assert properties == {mutant.check for mutant in MUTANTS} | WITHOUT_FAMILY
