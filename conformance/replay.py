@@ -51,12 +51,13 @@ def _alone(
 ) -> "dict[str, Any] | Died":
     """What one example comes to in a process that has run nothing else.
 
-    patience: seconds for the example alone; what comes before, importing and loading, has the claim's time.
+    patience: seconds for the example; importing and loading, which come first, still have the claim's time.
     """
     worker.retire()
-    loaded = worker.request(timeout, op="judge", **_request(claim, settings, listing=True))
-    if isinstance(loaded, Died):
-        return loaded
+    if patience is not None:
+        loaded = worker.request(timeout, op="judge", **_request(claim, settings, listing=True))
+        if isinstance(loaded, Died):
+            return loaded
     answer = worker.request(patience or timeout, op="judge", **_request(claim, settings, example=example))
     worker.retire()
     return answer
@@ -87,7 +88,8 @@ def _smaller(
         # By halves from the smallest: index 0, then the middle of what is left, …
         place = 0 if index == 0 else len(known) // 2
         candidate = known[place]
-        end = _alone(worker, claim, candidate, timeout, settings, timeout / TRIES)
+        patience = timeout / TRIES if death.outcome == "timeout" else None
+        end = _alone(worker, claim, candidate, timeout, settings, patience)
         if _as_bad(end, death):
             example, death = candidate, end
             known = known[:place]

@@ -47,7 +47,7 @@ def test_crash_in_an_example_that_was_asked_for_stays_that_example(judged: Judge
 
 
 def test_hang_is_named_by_the_smallest_example_found(judged: Judged) -> None:
-    result = judged("HangsOnThreeRows", "shapes.any", timeout=12.0)
+    result = judged("HangsOnThreeRows", "shapes.any", timeout=8.0)
     assert result["outcome"] == "timeout"
     assert result["example"] == {"batch": 3, "length": 1, "ids": 0}
 
