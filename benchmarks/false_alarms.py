@@ -18,14 +18,14 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import torch  # noqa: E402
+import torch
 
-from conformance.cases import Case, Claim, Manifest  # noqa: E402
-from conformance.families import FAMILIES, claims, get  # noqa: E402
-from conformance.implementation import Candidate, Implementation, resolve  # noqa: E402
-from conformance.judge import Judge, judge  # noqa: E402
-from conformance.search import DEFAULT_PROFILE, PROFILES, Settings  # noqa: E402
-from conformance.suite import checks  # noqa: E402
+from conformance.cases import Case, Claim, Manifest
+from conformance.families import FAMILIES, claims, get
+from conformance.implementation import Candidate, Implementation, resolve
+from conformance.judge import Judge, judge
+from conformance.search import DEFAULT_PROFILE, PROFILES, Settings
+from conformance.suite import checks
 
 # Checkpoints that a check makes of its case, kept for the next seed.
 KEPT = 64

@@ -82,6 +82,23 @@ class Manifest:
             raise FixtureError(f"{path}: states {stated} claims but lists {counted}")
         self.sha256 = hashlib.sha256(text).hexdigest()
 
+    def adopt(self, directory: Path) -> str:
+        """Take a self-contained case into this manifest, for as long as it lives; returns the case's name.
+
+        directory: as `Case.export` writes it; its provenance.json says name and claims.
+        Raises: FixtureError if it is no such case, or another of that name is there.
+        """
+        provenance = Case(directory).provenance
+        name, claims = provenance.get("recipe"), provenance.get("claims")
+        if not isinstance(name, str) or name.count("/") != 1 or not isinstance(claims, dict):
+            raise FixtureError(
+                f"{directory / 'provenance.json'}: says neither recipe nor claims; `conformance export` writes both"
+            )
+        if self.cases.get(name, {}).get("directory", directory) != directory:
+            raise FixtureError(f"{directory}: another case of the name {name} was given")
+        self.cases[name] = {"claims": claims, "directory": directory}
+        return name
+
     def claims(self) -> Iterator[Claim]:
         """Every claim, in the manifest's order."""
         for case, entry in self.cases.items():
@@ -143,8 +160,10 @@ class Case:
             if name not in self.manifest.cases:
                 where = self.manifest.directory
                 raise FixtureError(f"no case {name!r} in {where}; `conformance list cases` shows them")
-            self.name, self.directory = name, self.manifest.directory / name
-            verify_files(self.directory, self.manifest.cases[name]["files"])
+            entry = self.manifest.cases[name]
+            self.name, self.directory = name, entry.get("directory", self.manifest.directory / name)
+            if "directory" not in entry:
+                verify_files(self.directory, entry["files"])
 
     def __repr__(self) -> str:
         return f"Case({self.name!r})"
@@ -230,7 +249,8 @@ class Case:
         save_file(self.weights, directory / "model.safetensors", metadata={"format": "pt"})
         save_file(self.inputs, directory / "inputs.safetensors")
         save_file(self.expected, directory / "expected.safetensors")
-        write_json(directory / "provenance.json", {**self.provenance, "shared": {}})
+        claims = self.manifest.cases[self.name]["claims"] if self.manifest else self.provenance.get("claims", {})
+        write_json(directory / "provenance.json", {**self.provenance, "shared": {}, "claims": claims})
 
     def _json(self, file: str) -> dict[str, Any]:
         try:

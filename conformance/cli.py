@@ -46,7 +46,9 @@ def list_command(what: str) -> None:
 @main.command(context_settings={"ignore_unknown_options": True})
 @click.argument("implementation", metavar="IMPL")
 @click.option("--family", multiple=True, help="Only this family (repeatable).")
-@click.option("--case", multiple=True, help="Only this case, e.g. llama/plain (repeatable).")
+@click.option(
+    "--case", multiple=True, help="Only this case, e.g. llama/plain, or the directory of an exported one (repeatable)."
+)
 @click.option(
     "--check", multiple=True, help="Only this check or group of checks, e.g. golden.logits, cache (repeatable)."
 )

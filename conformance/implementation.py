@@ -3,8 +3,8 @@
 An implementation is any object with `name`, `families` and `load(checkpoint)`; a function `load` alone is enough.
 `load` returns a model: a callable `model(input_ids, attention_mask=None, position_ids=None, …)` that returns logits
 (batch, seq, vocab), or a dict with "logits" and optionally those of `LOSSES`.  Only arguments that it declares are
-passed.  An encoder–decoder model takes `decoder_input_ids`, and perhaps `decoder_attention_mask`, too: logits belong to
-these.
+passed.  An encoder–decoder model takes `decoder_input_ids`, and perhaps `decoder_attention_mask`, too: its logits
+belong to these.
 Optional attributes, each declared by its presence: `session(**source)`, `parameters`.
 """
 
@@ -369,9 +369,14 @@ def load_checkpoint(
     checkpoint = Checkpoint(config, weights, torch_dtype, torch.device(device))
     with precision(dtype), running("load(checkpoint)"):
         model = implementation.load(checkpoint)
-    candidate = Candidate(model, torch_dtype, checkpoint.device, config["vocab_size"])
+    candidate = Candidate(model, torch_dtype, checkpoint.device, vocabulary(config))
     candidate.checkpoint = checkpoint  # type: ignore[attr-defined]  # keeps the directory while the model lives
     return candidate
+
+
+def vocabulary(config: dict[str, Any]) -> int:
+    """How many logits a model has: the tokens of its vocabulary, of the decoder's where it has its own."""
+    return int(config.get("decoder_vocab_size") or config["vocab_size"])
 
 
 @contextmanager

@@ -130,6 +130,7 @@ class Run:
         if self.is_xdist_worker:
             self.description = json.loads(config.workerinput["conformance_description"])  # type: ignore[attr-defined]
         self.selected: list[Claim] = []
+        self.directories: dict[str, str] = {}  # the cases that were given as directories
         self.results: dict[str, dict[str, Any]] = {}
         self.expected: set[str] = set()
         self.problem: str | None = None
@@ -176,8 +177,11 @@ class Run:
         option = {what: self.config.getoption(f"conformance_{what}") for what in _SELECTION}
         self.settings = self._search_settings()
         manifest = Manifest()
+        given = [Path(case) for case in option["case"] if Path(case, "provenance.json").is_file()]
+        self.directories = {manifest.adopt(directory): str(directory.resolve()) for directory in given}
+        named = [case for case in option["case"] if Path(case) not in given]
         asked = manifest.select(
-            families=option["family"], cases=option["case"], checks=option["check"], dtypes=option["dtype"]
+            families=option["family"], cases=[*named, *self.directories], checks=option["check"], dtypes=option["dtype"]
         )
         if not asked:
             wanted = ", ".join(f"{what} {' or '.join(values)}" for what, values in option.items() if values)
@@ -281,6 +285,12 @@ class Run:
 
     def judge(self, claim: Claim) -> dict[str, Any]:
         """The result of one claim, whatever happens to the worker."""
+        result = self._judge(claim)
+        if directory := self.directories.get(claim.case):
+            result["directory"] = directory
+        return result
+
+    def _judge(self, claim: Claim) -> dict[str, Any]:
         from conformance.replay import replayed
         from conformance.report.model import not_run
         from conformance.worker import Died
@@ -289,10 +299,11 @@ class Run:
             return not_run(claim, f"not run: {len(self.hung)} claims in a row were timeouts")
         if self.hung.count(claim.case) >= HANGS_OF_CASE:
             return not_run(claim, f"not run: {HANGS_OF_CASE} claims of this case in a row were timeouts")
-        answer = self.worker.request(self.timeout, op="judge", **dataclasses.asdict(claim), **self.settings)
+        asked = {**self.settings, "directory": self.directories.get(claim.case)}
+        answer = self.worker.request(self.timeout, op="judge", **dataclasses.asdict(claim), **asked)
         if isinstance(answer, Died):
             self.hung = [*self.hung, claim.case] if answer.outcome == "timeout" else []
-            return replayed(self.worker, claim, answer, self.timeout, self.settings)
+            return replayed(self.worker, claim, answer, self.timeout, asked)
         self.hung = []
         if "fixture" in answer:
             self.problem = answer["fixture"]

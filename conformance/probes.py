@@ -4,7 +4,7 @@ A probe is a tensor that a reader of the paper would name.  Families pick from t
 says which, in computational order, with axes and parents); `docs/probes.md` is generated from it.
 
 An encoder–decoder model's probes begin with `encoder.` or `decoder.`; a decoder layer's `cross_attention` has the words
-of `attention`, and its keys and values are projections of `encoder.output`.
+of `attention`, and its keys and values are projections of the encoder's output.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from conformance.families import Config, Family
 
 VOCABULARY: dict[str, str] = {
-    "output": "what a stack of layers returns, where that has a name of its own",
     "embedding": "what enters the first block: the looked-up rows of the embedding table (positions added, scaled, "
     "where the family does so)",
     "layers.N.norm": "normalised input of the block, where attention and feed-forward layer share it (parallel blocks)",
@@ -97,6 +96,7 @@ def at_module_boundaries(model: "Module", where: dict[str, tuple[str, str]]) -> 
     found: dict[str, Tensor] = {}
 
     def keep(probe: str, value: Any) -> None:
+        value = getattr(value, "logits", value)  # what a whole model returns
         found[probe] = (value[0] if isinstance(value, tuple) else value).detach().clone()
 
     handles = []

@@ -24,6 +24,7 @@ import tempfile
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NoReturn
 
 from conformance.search import journalled
@@ -189,13 +190,15 @@ class Server:
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
         """What a message asks for.
 
-        {"op": "describe"}: the implementation.  {"op": "judge", "case", "check", "dtype", and the fields of
-        `search.Settings`, where they are not the default}: the result, or with "listing" {"examples": […]}.
+        {"op": "describe"}: the implementation.  {"op": "judge", "case", "check", "dtype", …}: the result, or with
+        "listing" {"examples": […]}; "directory" says where a case lies that is not in the manifest, and everything else
+        is a field of `search.Settings`.
         """
         if message["op"] == "describe":
             return self._describe()
-        settings = {key: value for key, value in message.items() if key not in ("op", "case", "check", "dtype")}
-        return self._judge(message["case"], message["check"], message["dtype"], settings)
+        apart = ("op", "case", "check", "dtype", "directory")
+        settings = {key: value for key, value in message.items() if key not in apart}
+        return self._judge(message["case"], message["check"], message["dtype"], message.get("directory"), settings)
 
     def implementation(self) -> Any:
         from conformance.implementation import resolve
@@ -217,7 +220,10 @@ class Server:
                     "traceback": traceback.format_exc()}  # fmt: skip
         return {"implementation": described, "environment": environment()}
 
-    def _judge(self, case_name: str, check: str, dtype: str, settings: dict[str, Any]) -> dict[str, Any]:
+    def _judge(
+        self, case_name: str, check: str, dtype: str, directory: str | None, settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        """directory: where a case lies that is not in the manifest."""
         from conformance.cases import Case, Claim, FixtureError, Manifest
         from conformance.judge import Judge, judge
         from conformance.search import Listed, Settings, journal
@@ -227,6 +233,8 @@ class Server:
             if self._case is None or self._case.name != case_name:
                 self._judges.clear()
                 self._manifest = self._manifest or Manifest()
+                if directory is not None:
+                    self._manifest.adopt(Path(directory))
                 self._case = Case(case_name, self._manifest)
             if dtype not in self._judges:
                 self._judges[dtype] = Judge(self.implementation(), self._case, dtype, self.device)

@@ -28,7 +28,7 @@ def probes() -> str:
     return (
         "# Probes\n\nA probe is a named intermediate tensor; a name means the same in all families. N is the layer.\n"
         "An encoder–decoder model's names begin with `encoder.` or `decoder.`; a decoder layer's `cross_attention`\n"
-        "has the words of `attention`, and its keys and values are projections of `encoder.output`.\n\n"
+        "has the words of `attention`, and its keys and values are projections of the encoder's output.\n\n"
         + _table(["probe", "meaning", "families"], rows)
     )
 

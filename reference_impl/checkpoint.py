@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 # model_type in config.json → module, config class and model class of the family.
 FAMILIES = {
@@ -26,7 +26,9 @@ FAMILIES = {
     "mistral": ("reference_impl.models.mistral", "MistralConfig", "Mistral"),
     "mixtral": ("reference_impl.models.mixtral", "MixtralConfig", "Mixtral"),
     "openai-gpt": ("reference_impl.models.gpt", "GPTConfig", "GPT"),
+    "marian": ("reference_impl.models.transformer", "TransformerConfig", "Transformer"),
     "phi": ("reference_impl.models.phi", "PhiConfig", "Phi"),
+    "transformer": ("reference_impl.models.transformer", "TransformerConfig", "Transformer"),
 }
 
 # Tensors that old files hold although they follow from config.json: rotary frequencies, GPT's and GPT-2's causal masks.
@@ -116,7 +118,9 @@ def load_weights(
                 raise CheckpointError(path, [f"{' and '.join(names)} are one parameter, but differ in the files"])
             # A copy: the mapped file may be replaced or deleted while the model lives.
             tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
-            _set_parameter(model, names, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+            if isinstance(parameter, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            _set_tensor(model, names, tensor)
 
 
 def save_model(model: nn.Module, path: str | Path, *, max_shard_bytes: int | None = None) -> None:
@@ -214,7 +218,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
         raise CheckpointError(file.parent, [f"{file.name} is corrupt or cut short: {error}"]) from error
 
 
-def _require_match(path: Path, parameters: Mapping[Names, nn.Parameter], stored: Mapping[str, Stored]) -> None:
+def _require_match(path: Path, parameters: Mapping[Names, Tensor], stored: Mapping[str, Stored]) -> None:
     """Raises CheckpointError unless the stored tensors are the parameters: all, only, and with their shapes."""
     faults = []
     for names, parameter in parameters.items():
@@ -238,18 +242,18 @@ def _require_match(path: Path, parameters: Mapping[Names, nn.Parameter], stored:
         raise CheckpointError(path, faults)
 
 
-def _parameters_by_names(model: nn.Module) -> dict[Names, nn.Parameter]:
-    """Each parameter once, under all its names in the model: more than one if it is tied."""
-    names: dict[nn.Parameter, Names] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+def _parameters_by_names(model: nn.Module) -> dict[Names, Tensor]:
+    """Each parameter and buffer once, under all its names in the model: more than one if it is tied."""
+    names: dict[Tensor, Names] = {}
+    for name, parameter in model.state_dict(keep_vars=True).items():
         names[parameter] = (*names.get(parameter, ()), name)
     return {its_names: parameter for parameter, its_names in names.items()}
 
 
-def _set_parameter(model: nn.Module, names: Names, parameter: nn.Parameter) -> None:
+def _set_tensor(model: nn.Module, names: Names, tensor: Tensor) -> None:
     for name in names:
         owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, parameter)
+        setattr(model.get_submodule(owner), attribute, tensor)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from conformance import bounds, draws
 from conformance.families import Config, Family, Recipe, get
 from conformance.golden import routing
 from conformance.golden.common import AGREEMENT, MOVEMENT, Derived, GoldenError
+from conformance.implementation import vocabulary
 from conformance.implementations import reference
 from conformance.oracles import oracle_class
 from conformance.suite.padding import padded
@@ -38,13 +39,13 @@ def draw_inputs(recipe: Recipe) -> dict[str, Tensor]:
     An encoder–decoder model has ids, lengths and junk of its decoder too, and labels.  The ids are drawn, unless the
     recipe states them; a decoder's begin with `decoder_start_token_id`, and its labels are the ids one place later.
     """
-    vocab, batch, seq = recipe.config["vocab_size"], recipe.batch, recipe.seq
-    junk = max(2, vocab // 10)
+    batch, seq = recipe.batch, recipe.seq
 
-    def draw(what: str, low: int, high: int, seq: int = seq) -> Tensor:
+    def draw(what: str, low: int, high: int, seq: int) -> Tensor:
         return draws.integers(f"{recipe.name}/{what}", batch * seq, low, high).view(batch, seq)
 
-    def tokens(prefix: str, seq: int, first: list[int]) -> dict[str, Tensor]:
+    def tokens(prefix: str, vocab: int, seq: int, first: list[int]) -> dict[str, Tensor]:
+        junk = max(2, vocab // 10)
         chosen = None if prefix else recipe.input_ids
         drawn = {"input_ids": torch.tensor(chosen) if chosen else draw(f"{prefix}input_ids", 0, vocab - junk - 1, seq)}
         if batch > 1:
@@ -53,15 +54,15 @@ def draw_inputs(recipe: Recipe) -> dict[str, Tensor]:
             drawn["padding_ids"] = draw(f"{prefix}padding_ids", vocab - junk, vocab - 1, seq)
         return {prefix + name: tensor for name, tensor in drawn.items()}
 
-    inputs = tokens("", seq, [2 * seq // 3, seq, 1, seq // 3 + 1])
+    inputs = tokens("", recipe.config["vocab_size"], seq, [2 * seq // 3, seq, 1, seq // 3 + 1])
     if recipe.target is not None:
         target = recipe.target
-        inputs |= tokens("decoder_", target, [target, 1, target // 3 + 1, 2 * target // 3])
+        inputs |= tokens("decoder_", vocabulary(recipe.config), target, [target, 1, target // 3 + 1, 2 * target // 3])
         inputs["labels"] = inputs["decoder_input_ids"].roll(-1, dims=1)  # the last one is any token
         inputs["decoder_input_ids"][:, 0] = recipe.config["decoder_start_token_id"]
     if "positions" in recipe.store:
         longest = recipe.config[get(recipe.name.split("/")[0]).positions_key] // seq
-        steps = draw("positions", 1, longest - 1)
+        steps = draw("positions", 1, longest - 1, seq)
         steps[0, :2] = torch.tensor([0, 1])
         inputs["position_ids"] = steps.cumsum(-1)
     return inputs

@@ -10,7 +10,7 @@ from torch import Tensor
 from conformance.implementation import Unsupported
 
 # Families whose model the installed transformers has, and those of them that it has no SDPA kernel for.
-HUB_FAMILIES = frozenset({"gpt", "gpt2", "llama", "mistral", "mixtral", "phi"})
+HUB_FAMILIES = frozenset({"gpt", "gpt2", "llama", "mistral", "mixtral", "phi", "transformer"})
 EAGER_ONLY = frozenset({"gpt"})
 # Encoder–decoder models whose positions count pads, and that take no positions of ours.
 COUNTS_PADS = frozenset({"marian"})
@@ -34,18 +34,20 @@ class HuggingFaceModels:
 
         return f"transformers {version('transformers')}, {self.attention}"
 
-    def load(self, checkpoint: Any) -> "Model":
+    def load(self, checkpoint: Any) -> "Model | EncoderDecoderModel":
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         model_type = checkpoint.config["model_type"]
+        if model_type == "transformer":
+            raise Unsupported("MarianMTModel has all sines before all cosines, not the paper's alternating order")
         loader = AutoModelForSeq2SeqLM if checkpoint.config.get("is_encoder_decoder") else AutoModelForCausalLM
         model = loader.from_pretrained(
             checkpoint.path, dtype=checkpoint.dtype, attn_implementation=self.attention, **SETTINGS.get(model_type, {})
         )
         model = model.to(checkpoint.device).eval()
-        if model.config.is_encoder_decoder:
+        if loader is AutoModelForSeq2SeqLM:
             return EncoderDecoderModel(model, counts_pads=model_type in COUNTS_PADS)
         # GPT would take a cache and ignore it
         has_cache = "past_key_values" in inspect.signature(model.forward).parameters

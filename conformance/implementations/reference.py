@@ -85,7 +85,10 @@ class EncoderDecoderModel:
     ) -> dict[str, Tensor]:
         from reference_impl.nn.loss import token_loss
 
-        logits = self.model(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
+        logits = self.model(
+            input_ids, attention_mask, decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+        )  # fmt: skip
         return {"logits": logits} if labels is None else {"logits": logits, "loss": token_loss(logits, labels)}
 
 

@@ -9,7 +9,7 @@ the kernel's own query and key and must reproduce the kernel's own weights.
 import contextlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,16 +153,24 @@ def real_positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def by_layer(module: Any) -> Any:
+    """How a decoder-only model's attention is known: by the number of its layer."""
+    return module.layer_idx
+
+
 @contextlib.contextmanager
-def tapped_attention(model: torch.nn.Module) -> Iterator[dict[int, dict[str, Tensor]]]:
+def tapped_attention(
+    model: torch.nn.Module, key_of: Callable[[Any], Any] = by_layer
+) -> Iterator[dict[Any, dict[str, Tensor]]]:
     """Switch the model to an attention kernel that also tells what it received and returned, layer by layer.
 
+    key_of: the attention module -> what its values are known by.
     Works for models on the library's attention interface.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    tapped: dict[int, dict[str, Tensor]] = {}
+    tapped: dict[Any, dict[str, Tensor]] = {}
 
     def tap(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kw: Any
@@ -177,7 +185,7 @@ def tapped_attention(model: torch.nn.Module) -> Iterator[dict[int, dict[str, Ten
             raise AssertionError("the recomputed scores do not give the kernel's own weights")
         values = {"query": query, "key": key, "value": value, "scores": scores,
                   "weights": weights, "context": context}  # fmt: skip
-        tapped[module.layer_idx] = {quantity: tensor.detach().clone() for quantity, tensor in values.items()}
+        tapped[key_of(module)] = {quantity: tensor.detach().clone() for quantity, tensor in values.items()}
         return context, weights
 
     ALL_ATTENTION_FUNCTIONS.register("conformance_tap", tap)

@@ -11,6 +11,7 @@ from reference_impl.nn.conv1d import Conv1D
 # hidden_act → its module. Φ is the normal distribution function.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,  # x · σ(x)
+    "swish": nn.SiLU,  # the same function, by its first name
     "gelu": nn.GELU,  # x · Φ(x), exact
     "gelu_new": lambda: nn.GELU(approximate="tanh"),  # x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))
     "gelu_pytorch_tanh": lambda: nn.GELU(approximate="tanh"),  # the same function, by its later name

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -251,6 +252,29 @@ def test_exported_case_can_be_opened_from_its_directory(exported: Path) -> None:
     opened, original = conformance.Case(exported), conformance.Case("llama/distinct")
     assert opened.name == "llama/distinct"
     assert torch.equal(opened.expected["logits"], original.expected["logits"])
+
+
+def test_an_exported_case_is_judged_from_its_directory_and_said_to_be_there(exported: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "run.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "conformance", "run", "fakes.py:Zeros", "--case", str(exported), "--check",
+         "golden.logits", "--dtype", "float64", "--save", str(saved)],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert f"--case {exported} --check golden.logits" in done.stdout
+    assert [claim["directory"] for claim in json.loads(saved.read_text())["claims"]] == [str(exported)]
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("missing", ["recipe", "claims"])
+def test_a_directory_that_does_not_say_what_it_claims_is_refused(exported: Path, tmp_path: Path, missing: str) -> None:
+    shutil.copytree(exported, tmp_path / "case")
+    provenance = tmp_path / "case" / "provenance.json"
+    content = json.loads(provenance.read_text())
+    del content[missing]
+    provenance.write_text(json.dumps(content))
+    done = python(f"from conformance.cli import main; main(['run', 'reference', '--case', {str(tmp_path / 'case')!r}])")
+    assert (done.returncode, "says neither recipe nor claims" in done.stdout + done.stderr) == (2, True)
 
 
 def test_transformers_loads_an_export_and_agrees_in_true_double(exported: Path) -> None:
