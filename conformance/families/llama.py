@@ -253,7 +253,7 @@ FAMILY = Family(
     kernel_probes=kernel_probes,
     block_checkpoint=partial(block_checkpoint, final_norm="model.norm"),
     properties=Properties(
-        table="model.embed_tokens.weight",
+        table=lambda config: "model.embed_tokens.weight",
         windows=lambda config: (None,) * config["num_hidden_layers"],
         tied=lambda config: bool(config.get("tie_word_embeddings", False)),
         shift=True,

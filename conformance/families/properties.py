@@ -91,7 +91,7 @@ class Relation:
 class Properties:
     """What a family's models promise for every input.
 
-    table: hub name of the table of token embeddings.
+    table: config -> hub name of the table of token embeddings, of the decoder's where it has its own.
     claims: check -> dtypes, what it has but for the exceptions.
     exceptions: a check, or a check and a dtype ("batching.alone float32"), that does not hold -> why.
     windows: config -> for each layer the keys that a query sees, itself included; None: all up to itself.
@@ -99,11 +99,12 @@ class Properties:
     shift: whether positions only matter by their distance.
     positions: hub name of the table in which positions are looked up, where they are.
     twins: name of a check of the group `invariance` -> checkpoints that it compares.
+    untrained: names of tensors of a checkpoint that are not parameters and get no gradient.
     unmoved: regular expression over hub names -> why a tensor of that name may change and the logits stay.
     cases: the cases whose checkpoints are searched.
     """
 
-    table: str
+    table: Callable[[Config], str]
     windows: Callable[[Config], tuple[int | None, ...]]
     tied: Callable[[Config], bool]
     claims: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: EVERY | DECODER)
@@ -111,6 +112,7 @@ class Properties:
     shift: bool = False
     positions: str | None = None
     twins: Mapping[str, Twins] = dataclasses.field(default_factory=dict)
+    untrained: frozenset[str] = frozenset()
     unmoved: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cases: tuple[str, ...] = ("plain", "distinct")
 

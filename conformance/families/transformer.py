@@ -13,6 +13,7 @@ from typing import Any
 from conformance.families import Config, ConfigField, Family, Recipe
 from conformance.families.decoders import field_case, without
 from conformance.families.encoder_decoders import FULL, MODEST
+from conformance.families.properties import ENCODER_DECODER, EVERY, Properties
 from conformance.probes import ProbeSpec
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -366,4 +367,13 @@ FAMILY = Family(
     probe_sizes=probe_sizes,
     module_probes=module_probes,
     kernel_probes=kernel_probes,
+    properties=Properties(
+        table=lambda config: "model.shared.weight" if config.get("share_encoder_decoder_embeddings", True)
+        else "model.decoder.embed_tokens.weight",
+        windows=lambda config: (None,) * config["decoder_layers"],
+        tied=lambda config: bool(config.get("tie_word_embeddings", True)),
+        claims=EVERY | ENCODER_DECODER,
+        untrained=frozenset({"final_logits_bias"}),
+        unmoved={r"\.k_proj\.bias$": "it adds the same number to all scores of a query, which softmax does not see"},
+    ),
 )  # fmt: skip

@@ -39,14 +39,20 @@ def properties(judge: "Judge") -> "Properties":
     return found
 
 
-def one_layer(judge: "Judge", table: "Tensor", layer: int) -> "Candidate":
-    """A model of one layer of the case's, whose embedding table is `table` (tokens, hidden); positions do not count
-    where they are looked up.
+def table(judge: "Judge") -> str:
+    """Hub name of the table of token embeddings."""
+    return properties(judge).table(judge.case.config)
+
+
+def one_layer(judge: "Judge", embeddings: "Tensor", layer: int) -> "Candidate":
+    """A model of one layer of the case's, whose embedding table is `embeddings` (tokens, hidden).
+
+    Positions do not count where they are looked up in a table.
     """
     make = family(judge).block_checkpoint
     if make is None:
         raise Unsupported(f"one layer of {judge.case.family} cannot be had alone")
-    return judge.load_other(*make(judge.case.config, judge.case.weights, table[None], layer))
+    return judge.load_other(*make(judge.case.config, judge.case.weights, embeddings[None], layer))
 
 
 def longest(judge: "Judge") -> int:
@@ -101,7 +107,13 @@ class Text:
 
 def ids(judge: "Judge", seed: int, batch: int, length: int) -> "Tensor":
     """(batch, length) drawn token ids."""
-    return strategies.token_ids(seed, batch, length, judge.case.config["vocab_size"])
+    return strategies.token_ids(seed, batch, length, judge.candidate.vocab)
+
+
+def usable(judge: "Judge") -> int:
+    """How many ids there are that padding does not take for junk; they come first."""
+    vocab: int = judge.candidate.vocab
+    return vocab - strategies.junk(vocab)
 
 
 def text(judge: "Judge", seed: int, batch: int, length: int) -> Text:
@@ -111,15 +123,16 @@ def text(judge: "Judge", seed: int, batch: int, length: int) -> Text:
 
 def around(judge: "Judge", given: "Tensor", seed: int) -> Text:
     """A text of these ids, with a drawn source where the model reads one."""
-    source = ids(judge, seed + 1, len(given), SOURCE_TOKENS) if family(judge).encoder_decoder else None
+    if not family(judge).encoder_decoder:
+        return Text(given, None)
+    source = strategies.token_ids(seed + 1, len(given), SOURCE_TOKENS, judge.case.config["vocab_size"])
     return Text(given, source)
 
 
 def changed(judge: "Judge", id_: "Tensor", by: int) -> "Tensor":
     """Other ids than these, none of them junk; `by` says which."""
-    vocab: int = judge.case.config["vocab_size"]
-    usable = vocab - strategies.junk(vocab)
-    return (id_ + 1 + by % (usable - 1)) % usable
+    count = usable(judge)
+    return (id_ + 1 + by % (count - 1)) % count
 
 
 # --- padding ---------------------------------------------------------------------------------------------------------
@@ -153,7 +166,7 @@ def ragged(judge: "Judge", seed: int, lengths: Sequence[int], extra: int, side: 
 
     width, batch = max(lengths) + extra, len(lengths)
     whole = text(judge, seed, batch, max(lengths) + after)
-    padded = strategies.padding_ids(seed, batch, width + after, judge.case.config["vocab_size"])
+    padded = strategies.padding_ids(seed, batch, width + after, judge.candidate.vocab)
     mask, place = torch.zeros_like(padded), torch.zeros_like(padded)
     for row, length in enumerate(lengths):
         start = width - length if side == "left" else 0

@@ -59,7 +59,7 @@ def test_gradient(judge: "Judge") -> None:
     gradient belongs to one token.  Only logits of ids that the text does not hold are summed: where the head is the
     table, it adds nothing to the rows that are looked at.
     """
-    table = drawn.properties(judge).table
+    table = drawn.table(judge)
     found = judge.candidate.parameters([table])
     if found is None:
         raise Unsupported("the model has no parameters by hub name")
@@ -75,7 +75,7 @@ def test_gradient(judge: "Judge") -> None:
             raise Misbehaviour("no effect", f"the logits at token {at} have no gradient at their own token")
 
     # Ids that the text does not hold are needed too
-    most = min(drawn.usual(judge), judge.case.config["vocab_size"] // 2)
+    most = min(drawn.usual(judge), drawn.usable(judge) // 2)
     judge.search(changed_texts(most), holds, [{"ids": 0, "length": most, "at": most // 2, "other": 0}])
 
 
@@ -83,11 +83,11 @@ def _gradient(judge: "Judge", table: "Tensor", example: "Example") -> "Tensor":
     """(length, hidden): gradient of a mixture of the logits at token `at` for each token's embedding."""
     import torch
 
-    vocab = judge.case.config["vocab_size"]
-    text = drawn.around(judge, different_ids(example["ids"], example["length"], vocab), example["ids"])
+    vocab, real = judge.candidate.vocab, drawn.usable(judge)
+    text = drawn.around(judge, different_ids(example["ids"], example["length"], real), example["ids"])
     ids = text.ids[0]
     if text.source is not None:  # one table may serve both
-        free = torch.tensor([id_ for id_ in range(vocab) if id_ not in ids])
+        free = torch.tensor([id_ for id_ in range(real) if id_ not in ids])
         text = drawn.Text(text.ids, free[text.source % len(free)])
     mixture = draws.integers(f"property/mixture/{example['other']}", vocab, 1, draws.LARGEST).double()
     mixture[ids] = 0

@@ -28,12 +28,12 @@ def test_directions(judge: "Judge") -> None:
     what either loss may be off in float64 (see docs/bounds.md), divided by h.  Where a kink or another choice of
     experts lies between the checkpoints a shorter step decides.
     """
-    _check_slopes(judge, sorted(judge.case.weights))
+    _check_slopes(judge, sorted(judge.case.weights.keys() - drawn.properties(judge).untrained))
 
 
 def test_tied(judge: "Judge") -> None:
     """The gradient of a table that is embedding and head at once is the sum of both; the direction is in it alone."""
-    _check_slopes(judge, [drawn.properties(judge).table])
+    _check_slopes(judge, [drawn.table(judge)])
 
 
 def _check_slopes(judge: "Judge", names: list[str]) -> None:

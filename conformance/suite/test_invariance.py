@@ -82,8 +82,8 @@ def test_order(judge: "Judge") -> None:
         return
 
     layer = drawn.windows(judge).index(None)
-    tokens = min(judge.case.config["vocab_size"], 4 * drawn.USUAL_TOKENS)
-    other = drawn.one_layer(judge, judge.case.weights[drawn.properties(judge).table][:tokens], layer)
+    tokens = min(judge.candidate.vocab, 4 * drawn.USUAL_TOKENS)
+    other = drawn.one_layer(judge, judge.case.weights[drawn.table(judge)][:tokens], layer)
 
     def holds(example: "Example") -> None:
         order = example["order"]

@@ -45,8 +45,8 @@ def test_one_layer(judge: "Judge") -> None:
     from hypothesis import strategies as st
 
     windows = drawn.windows(judge)
-    tokens = min(judge.case.config["vocab_size"], 4 * drawn.USUAL_TOKENS)
-    width = judge.case.weights[drawn.properties(judge).table].shape[1]
+    tokens = min(judge.candidate.vocab, 4 * drawn.USUAL_TOKENS)
+    width = judge.case.weights[drawn.table(judge)].shape[1]
     loaded: dict[int, Candidate] = {}
 
     def holds(example: "Example") -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from conformance.implementation import Misbehaviour, Unsupported
+from conformance.suite import drawn
 
 if TYPE_CHECKING:
     from conformance.judge import Judge
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 def test_parameters(judge: "Judge") -> None:
     """The model's parameters by hub name have the names, shapes and values of the checkpoint."""
-    names = list(judge.case.weights)
+    names = sorted(judge.case.weights.keys() - drawn.properties(judge).untrained)
     declared = getattr(judge.candidate.model, "parameters", None)
     found = declared if isinstance(declared, Mapping) else judge.candidate.parameters(names)
     if not found:
