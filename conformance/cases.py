@@ -86,7 +86,7 @@ class Manifest:
         """Take a self-contained case into this manifest, for as long as it lives; returns the case's name.
 
         directory: as `Case.export` writes it; its provenance.json says name and claims.
-        Raises: FixtureError if it is no such case, or another of that name is there.
+        Raises: FixtureError if it is no such case.
         """
         provenance = Case(directory).provenance
         name, claims = provenance.get("recipe"), provenance.get("claims")
@@ -94,8 +94,6 @@ class Manifest:
             raise FixtureError(
                 f"{directory / 'provenance.json'}: says neither recipe nor claims; `conformance export` writes both"
             )
-        if self.cases.get(name, {}).get("directory", directory) != directory:
-            raise FixtureError(f"{directory}: another case of the name {name} was given")
         self.cases[name] = {"claims": claims, "directory": directory}
         return name
 
@@ -242,15 +240,31 @@ class Case:
 
     def export(self, directory: Path) -> None:
         """Write the case as a complete Hugging Face checkpoint, with inputs and expected values beside it."""
+        claims = self.manifest.cases[self.name]["claims"] if self.manifest else self.provenance.get("claims", {})
+        provenance = {**self.provenance, "claims": claims}
+        self.write(directory, self.config, self.weights, self.inputs, self.expected, provenance)
+
+    @staticmethod
+    def write(
+        directory: Path,
+        config: dict[str, Any],
+        weights: "dict[str, Tensor]",
+        inputs: "dict[str, Tensor]",
+        expected: "dict[str, Tensor]",
+        provenance: dict[str, Any],
+    ) -> None:
+        """Write a self-contained case, which `Manifest.adopt` takes.
+
+        provenance: says at least "recipe" (its name), "claims" (check -> dtypes), "oracle_error" and "movement".
+        """
         from safetensors.torch import save_file
 
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "config.json", self.config)
-        save_file(self.weights, directory / "model.safetensors", metadata={"format": "pt"})
-        save_file(self.inputs, directory / "inputs.safetensors")
-        save_file(self.expected, directory / "expected.safetensors")
-        claims = self.manifest.cases[self.name]["claims"] if self.manifest else self.provenance.get("claims", {})
-        write_json(directory / "provenance.json", {**self.provenance, "shared": {}, "claims": claims})
+        write_json(directory / "config.json", config)
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(inputs, directory / "inputs.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in expected.items()}, directory / "expected.safetensors")
+        write_json(directory / "provenance.json", {**provenance, "shared": {}})
 
     def _json(self, file: str) -> dict[str, Any]:
         try:

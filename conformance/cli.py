@@ -110,6 +110,38 @@ def _refused(arguments: tuple[str, ...]) -> str:
 
 
 @main.command()
+@click.argument("implementation", metavar="IMPL")
+@click.option("--family", multiple=True, help="Only this family (repeatable).")
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
+              help="How long to look for a failure in each family.")  # fmt: skip
+@click.option("--examples", type=click.IntRange(min=1), default=10_000, show_default=True,
+              help="The most examples of each family.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Another seed draws other examples.")
+@click.option("--device", default="cpu", show_default=True, help="Torch device of the candidate.")
+@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), default=Path("fuzzed"), show_default=True,
+              help="Where the cases of failures are written.")  # fmt: skip
+def fuzz(implementation: str, family: tuple[str, ...], examples: int, **options: Any) -> None:
+    """Compare an implementation with reference_impl on random valid configurations, in float64.
+
+    The reference itself is compared with the live oracle (needs transformers).  A failure is shrunk; its case is kept
+    and replayed by `conformance run IMPL --case DIR`.
+
+    Exit status: 0 no failure, 1 a family failed, 2 could not run or judged nothing.
+    """
+    from conformance.fuzz import fuzz
+    from conformance.report.fuzz import lines
+
+    def show(each: Any) -> None:
+        click.echo("\n".join(lines(each, implementation)))
+
+    try:
+        found = fuzz(implementation, family, most=examples, progress=show, **options)
+    except ValueError as error:
+        raise CannotRun(str(error)) from error
+    sys.exit(1 if any(each.failure for each in found) else 0 if all(each.passed for each in found) else 2)
+
+
+@main.command()
 @click.argument("identifier", metavar="ID")
 def explain(identifier: str) -> None:
     """Explain a family, case, check, probe or config field."""

@@ -179,6 +179,8 @@ class Run:
         manifest = Manifest()
         given = [Path(case) for case in option["case"] if Path(case, "provenance.json").is_file()]
         self.directories = {manifest.adopt(directory): str(directory.resolve()) for directory in given}
+        if len(self.directories) < len(given):
+            raise ValueError(f"two of the cases {', '.join(map(str, given))} have the same name; judge them apart")
         named = [case for case in option["case"] if Path(case) not in given]
         asked = manifest.select(
             families=option["family"], cases=[*named, *self.directories], checks=option["check"], dtypes=option["dtype"]

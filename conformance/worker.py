@@ -185,6 +185,7 @@ class Server:
         self._implementation: Any = None
         self._manifest: Any = None
         self._case: Any = None
+        self._loaded: tuple[str, str | None] | None = None
         self._judges: dict[str, Any] = {}
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -230,12 +231,13 @@ class Server:
         from conformance.suite import checks
 
         def prepare() -> Judge:
-            if self._case is None or self._case.name != case_name:
+            if self._loaded != (case_name, directory):
                 self._judges.clear()
                 self._manifest = self._manifest or Manifest()
                 if directory is not None:
                     self._manifest.adopt(Path(directory))
                 self._case = Case(case_name, self._manifest)
+                self._loaded = case_name, directory
             if dtype not in self._judges:
                 self._judges[dtype] = Judge(self.implementation(), self._case, dtype, self.device)
             self._judges[dtype].settings = Settings(**settings)

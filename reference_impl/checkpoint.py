@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 # model_type in config.json → module, config class and model class of the family.
 FAMILIES = {
+    "gnmt": ("reference_impl.models.gnmt", "GNMTConfig", "GNMT"),
     "gpt2": ("reference_impl.models.gpt2", "GPT2Config", "GPT2"),
     "gpt3": ("reference_impl.models.gpt3", "GPT3Config", "GPT3"),
     "llama": ("reference_impl.models.llama", "LlamaConfig", "Llama"),
@@ -28,6 +29,7 @@ FAMILIES = {
     "openai-gpt": ("reference_impl.models.gpt", "GPTConfig", "GPT"),
     "marian": ("reference_impl.models.transformer", "TransformerConfig", "Transformer"),
     "phi": ("reference_impl.models.phi", "PhiConfig", "Phi"),
+    "rnn_search": ("reference_impl.models.rnn_search", "RNNSearchConfig", "RNNSearch"),
     "transformer": ("reference_impl.models.transformer", "TransformerConfig", "Transformer"),
 }
 

@@ -34,7 +34,7 @@ COMPONENTS = (
     "sparse_moe",
     "switch_ffn",
 )
-MODELS = ("transformer", "gpt", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi")
+MODELS = ("rnn_search", "gnmt", "transformer", "gpt", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi")
 FAMILIES = (*COMPONENTS, *MODELS)
 
 Config = dict[str, Any]

@@ -50,7 +50,7 @@ def draw_inputs(recipe: Recipe) -> dict[str, Tensor]:
         drawn = {"input_ids": torch.tensor(chosen) if chosen else draw(f"{prefix}input_ids", 0, vocab - junk - 1, seq)}
         if batch > 1:
             # all different, unsorted, the whole sequence and a single token among them
-            drawn["lengths"] = torch.tensor(first[:batch])
+            drawn["lengths"] = torch.tensor([max(1, length) for length in first[:batch]])
             drawn["padding_ids"] = draw(f"{prefix}padding_ids", vocab - junk, vocab - 1, seq)
         return {prefix + name: tensor for name, tensor in drawn.items()}
 
@@ -85,9 +85,9 @@ def derive(recipe: Recipe) -> Derived:
         derivation.auxiliary_losses()
     if recipe.last_rows is None:
         derivation.probes_and_blocks()
-    if recipe.target is not None:
-        derivation.cut_sources()
     if recipe.batch > 1:
+        if recipe.target is not None:
+            derivation.cut_sources()
         derivation.check_padding()
     movement = derivation.counterfactuals()
     provenance = {
