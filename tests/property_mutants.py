@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from conformance.implementations.reference import Reference
+from reference_impl.models import transformer
 from reference_impl.models.gpt2 import GPT2
 from reference_impl.models.llama import Llama
 from reference_impl.nn import (
@@ -110,7 +111,10 @@ class WithWeights:
 
 @mutant("shapes.any", "llama/plain", "a standard deviation over the tokens, which is NaN for one token")
 def _(_: Any) -> Any:
-    return Around(lambda run, ids, mask: run() / run().std(dim=1, keepdim=True))
+    def spread(logits: Tensor) -> Tensor:
+        return ((logits - logits.mean(1, keepdim=True)).square().sum(1, keepdim=True) / (logits.shape[1] - 1)).sqrt()
+
+    return Around(lambda run, ids, mask: run() / spread(run()))
 
 
 @mutant("shapes.any", "gpt2/plain", "a table of positions that is one row short")
@@ -160,6 +164,34 @@ def _(patch: pytest.MonkeyPatch) -> None:
         return torch.softmax(torch.where(mask, scores, scores - 30), dim=-1)
 
     patch.setattr(attention, "attention_weights", weights)
+
+
+def _encoder_sees(change: Callable[[Tensor], Tensor]) -> Callable[[pytest.MonkeyPatch], None]:
+    """The encoder's blocks with another mask than theirs, (batch, 1, 1, source)."""
+
+    def patched(patch: pytest.MonkeyPatch) -> None:
+        right = transformer.EncoderLayer.forward
+        patch.setattr(transformer.EncoderLayer, "forward", lambda layer, x, mask: right(layer, x, change(mask)))
+
+    return patched
+
+
+mutant("causality.encoder", "transformer/plain", "the encoder is causal")(
+    _encoder_sees(lambda mask: mask & torch.ones(mask.shape[-1], mask.shape[-1], dtype=torch.bool).tril())
+)
+mutant("batching.source_padding", "transformer/plain", "the encoder attends to padding")(_encoder_sees(torch.ones_like))
+
+
+@mutant("causality.source", "transformer/plain", "the last token of a source is cut off")
+def _(_: Any) -> Any:
+    class Cut:
+        families = frozenset({"transformer"})
+
+        def load(self, checkpoint: Any) -> Any:
+            right = Reference("eager").load(checkpoint)
+            return lambda input_ids, decoder_input_ids: right(input_ids[:, :-1], decoder_input_ids=decoder_input_ids)
+
+    return Cut()
 
 
 # --- reach -----------------------------------------------------------------------------------------------------------

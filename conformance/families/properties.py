@@ -49,6 +49,7 @@ DECODER: Claims = {
 # The same for a decoder that reads a source through an encoder.  One of its layers cannot be had alone.
 ENCODER_DECODER: Claims = {check: dtypes for check, dtypes in DECODER.items() if check != "reach.one_layer"} | {
     "causality.source": _DOUBLE,
+    "batching.source_padding": _DOUBLE,
 }
 
 
@@ -98,6 +99,8 @@ class Properties:
     tied: whether head and embedding table are one tensor in a configuration.
     shift: whether positions only matter by their distance.
     positions: hub name of the table in which positions are looked up, where they are.
+    positionless: config, weights -> a checkpoint in which positions do not count, whose encoder sees a source as a bag
+        of tokens; only of a model that has such.
     twins: name of a check of the group `invariance` -> checkpoints that it compares.
     untrained: names of tensors of a checkpoint that are not parameters and get no gradient.
     unmoved: regular expression over hub names -> why a tensor of that name may change and the logits stay.
@@ -111,6 +114,7 @@ class Properties:
     exceptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     shift: bool = False
     positions: str | None = None
+    positionless: Callable[[Config, Any], tuple[Config, Any]] | None = None
     twins: Mapping[str, Twins] = dataclasses.field(default_factory=dict)
     untrained: frozenset[str] = frozenset()
     unmoved: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -125,6 +129,8 @@ class Properties:
             claims["gradients.tied"] = _DOUBLE
         if self.shift:
             claims["invariance.shift"] = _DOUBLE
+        if self.positionless is not None:
+            claims["causality.encoder"] = _DOUBLE
         if self.positions is not None and None in self.windows(config):
             claims["invariance.order"] = _DOUBLE
         if all(window is not None and window <= WIDEST_WINDOW for window in self.windows(config)):

@@ -139,13 +139,23 @@ def changed(judge: "Judge", id_: "Tensor", by: int) -> "Tensor":
 
 
 @dataclass(frozen=True)
-class Ragged:
-    """Rows of different lengths in one padded batch.
+class Padded:
+    """Ids of rows of different lengths in one padded batch.
 
-    whole: the rows without padding, each as long as the longest; its first tokens are the row's own.
-    padded, mask: the same rows padded with junk, (batch, columns).
+    whole: (batch, longest and what comes after) without padding; its first tokens are the row's own.
+    padded, mask: (batch, columns) the same rows padded with junk.
     place: for each column the index of its token in the row.
     """
+
+    whole: "Tensor"
+    padded: "Tensor"
+    mask: "Tensor"
+    place: "Tensor"
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """The same as texts, of the tokens that the logits belong to."""
 
     whole: Text
     padded: Text
@@ -162,18 +172,29 @@ class Ragged:
 
 def ragged(judge: "Judge", seed: int, lengths: Sequence[int], extra: int, side: str, after: int = 0) -> Ragged:
     """Rows of these lengths, padded on one side to the longest and `extra` columns more; then `after` tokens a row."""
+    ids = _padded(judge.candidate.vocab, seed, lengths, extra, side, after)
+    whole = around(judge, ids.whole, seed)
+    return Ragged(whole, whole.with_ids(ids.padded), ids.mask, ids.place)
+
+
+def ragged_source(judge: "Judge", seed: int, lengths: Sequence[int], extra: int, side: str) -> Padded:
+    """Sources of these lengths, padded on one side to the longest and `extra` columns more."""
+    return _padded(judge.case.config["vocab_size"], seed + 1, lengths, extra, side, 0)
+
+
+def _padded(vocab: int, seed: int, lengths: Sequence[int], extra: int, side: str, after: int) -> Padded:
     import torch
 
     width, batch = max(lengths) + extra, len(lengths)
-    whole = text(judge, seed, batch, max(lengths) + after)
-    padded = strategies.padding_ids(seed, batch, width + after, judge.candidate.vocab)
+    whole = strategies.token_ids(seed, batch, max(lengths) + after, vocab)
+    padded = strategies.padding_ids(seed, batch, width + after, vocab)
     mask, place = torch.zeros_like(padded), torch.zeros_like(padded)
     for row, length in enumerate(lengths):
         start = width - length if side == "left" else 0
         columns = [*range(start, start + length), *range(width, width + after)]
         place[row, columns] = torch.arange(length + after)
-        padded[row, columns], mask[row, columns] = whole.ids[row, : length + after], 1
-    return Ragged(whole, whole.with_ids(padded), mask, place)
+        padded[row, columns], mask[row, columns] = whole[row, : length + after], 1
+    return Padded(whole, padded, mask, place)
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

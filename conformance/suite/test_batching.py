@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 # Tokens decoded one at a time after prompts.
 DECODED = 3
+# Tokens that are decoded for padded sources.
+TARGET_TOKENS = 3
 
 
 def test_alone(judge: "Judge") -> None:
@@ -62,6 +64,31 @@ def test_padding(judge: "Judge") -> None:
 
     first = [{"ids": 0, "lengths": [3, 1, 5], "side": side, "extra": 1} for side in ("left", "right")]
     judge.search(ragged_texts(drawn.usual(judge)), holds, first)
+
+
+def test_source_padding(judge: "Judge") -> None:
+    """Sources of different lengths, padded with junk on the left or on the right, give what each gives alone.
+
+    The rows that are decoded have one length.
+    """
+    import torch
+
+    judge.candidate.need("attention_mask")
+
+    def holds(example: "Example") -> None:
+        lengths = example["lengths"]
+        source = drawn.ragged_source(judge, example["ids"], lengths, example["extra"], example["side"])
+        ids = drawn.ids(judge, example["ids"], len(lengths), TARGET_TOKENS)
+        got = judge.logits(input_ids=source.padded, attention_mask=source.mask, decoder_input_ids=ids)
+        alone = [
+            judge.logits(input_ids=row[None, :length], decoder_input_ids=target[None])
+            for row, target, length in zip(source.whole, ids, lengths, strict=True)
+        ]
+        what = f"logits of sources padded on the {example['side']} differ from those of each alone"
+        judge.same(got, torch.cat(alone), what)
+
+    first = [{"ids": 0, "lengths": [3, 1, 5], "side": side, "extra": 1} for side in ("left", "right")]
+    judge.search(ragged_texts(drawn.SOURCE_TOKENS + 3), holds, first)
 
 
 def test_decoding(judge: "Judge") -> None:

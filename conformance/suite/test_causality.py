@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from conformance import draws
 from conformance.implementation import Misbehaviour, Unsupported, running
-from conformance.strategies import SEEDS, changed_texts, different_ids
+from conformance.strategies import SEEDS, changed_texts, different_ids, permuted_texts
 from conformance.suite import drawn
 
 # A token of the source counts as without effect if none of so many others in its place has one.
@@ -50,6 +50,28 @@ def test_source(judge: "Judge") -> None:
 
     first = [{"ids": 0, "at": at} for at in range(drawn.SOURCE_TOKENS)]
     judge.search(st.fixed_dictionaries({"ids": SEEDS, "at": st.integers(0, drawn.SOURCE_TOKENS - 1)}), holds, first)
+
+
+def test_encoder(judge: "Judge") -> None:
+    """An encoder looks ahead: where positions do not count, the order of the source moves nothing.
+
+    In a checkpoint without positions a source is a bag of tokens.  In a causal encoder the last one would see more than the others.
+    """
+    make = drawn.properties(judge).positionless
+    if make is None:
+        raise Unsupported(f"the positions of {judge.case.family} cannot be taken away")
+    other = judge.load_other(*make(judge.case.config, judge.case.weights))
+
+    def holds(example: "Example") -> None:
+        text = drawn.text(judge, example["ids"], 1, example["length"])
+        assert text.source is not None
+        order = example["order"] + list(range(len(example["order"]), drawn.SOURCE_TOKENS))
+        turned = drawn.Text(text.ids, text.source[:, order])
+        got, wanted = drawn.logits_of(judge, other, turned), drawn.logits_of(judge, other, text)
+        judge.same(got, wanted, "without positions, the order of the source moves the logits")
+
+    first = [{"ids": 0, "length": 2, "order": [2, 0, 1]}]
+    judge.search(permuted_texts(3), holds, first)
 
 
 def test_gradient(judge: "Judge") -> None:

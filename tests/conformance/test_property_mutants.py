@@ -9,8 +9,6 @@ from property_mutants import MUTANTS, Mutant
 GOLDEN = ("golden.", "component.", "cache.prefill_decode", "cache.one_by_one", "cache.chunks", "cache.ragged")
 # Mistakes that show as an exception of the candidate's own.
 RAISE = {"a table of positions that is one row short"}
-# No family of the suite has an encoder yet.
-WITHOUT_FAMILY = {"causality.source"}
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
@@ -31,4 +29,4 @@ def test_reference_passes(case: str, name: str) -> None:
 
 def test_every_property_has_a_mutant() -> None:
     properties = {name for name in checks() if not name.startswith(GOLDEN[:2]) and name not in GOLDEN}
-    assert properties == {mutant.check for mutant in MUTANTS} | WITHOUT_FAMILY
+    assert properties == {mutant.check for mutant in MUTANTS}
