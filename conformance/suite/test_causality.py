@@ -55,7 +55,8 @@ def test_source(judge: "Judge") -> None:
 def test_encoder(judge: "Judge") -> None:
     """An encoder looks ahead: where positions do not count, the order of the source moves nothing.
 
-    In a checkpoint without positions a source is a bag of tokens.  In a causal encoder the last one would see more than the others.
+    In a checkpoint without positions a source is a bag of tokens.  In a causal encoder the last one would see more than
+    the others.
     """
     make = drawn.properties(judge).positionless
     if make is None:
