@@ -130,11 +130,11 @@ class Run:
         if self.is_xdist_worker:
             self.description = json.loads(config.workerinput["conformance_description"])  # type: ignore[attr-defined]
         self.selected: list[Claim] = []
+        self.settings: dict[str, Any] = {}  # of the search for examples, see `search.Settings`
         self.directories: dict[str, str] = {}  # the cases that were given as directories
         self.results: dict[str, dict[str, Any]] = {}
         self.expected: set[str] = set()
         self.problem: str | None = None
-        self.settings: dict[str, Any] = {}  # of the search for examples, see `search.Settings`
         self.hung: list[str] = []  # the cases of the timeouts in a row, up to now
 
     # --- selection ---------------------------------------------------------------------------------------------------

@@ -311,7 +311,7 @@ FAMILY = Family(
         twins={"repeated_key_values": REPEATED_KEY_VALUES, "wide_window": WIDE_WINDOW, "one_expert": ONE_EXPERT},
         exceptions=dict.fromkeys(
             (f"{check} float32" for check in (
-                "causality.prefix", "cache.any_plan", "batching.alone", "batching.padding", "determinism.threads",
+                "causality.prefix", "cache.any_plan", "batching.alone", "batching.padding",
             )),
             "rounding may send a token to another expert",
         ),

@@ -29,7 +29,7 @@ EVERY: Claims = {
     "gradients.directions": _DOUBLE,
     "determinism.repeat": _FINE,
     "determinism.eval": _DOUBLE,
-    "determinism.threads": _FINE,
+    "determinism.threads": _DOUBLE,
     "round_trip.parameters": _DOUBLE,
 }
 # What a model beside that claims whose logits at a token depend on earlier tokens alone, and that opens sessions.
