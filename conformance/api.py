@@ -32,15 +32,15 @@ def check(
     profile, seed, example: how many examples of a property are drawn ("quick", "ci", "thorough"), which, or this one.
     Raises: ValueError for an unknown check, dtype or profile, FixtureError for a damaged case.
     """
-    from conformance.implementation import DTYPES, adopt, resolve
+    from conformance.implementation import DTYPES, EXACT, adopt, resolve
     from conformance.judge import Judge, judge
     from conformance.suite import checks
 
     known = checks()
     if check not in known:
         raise ValueError(f"unknown check {check!r}; there is {', '.join(known)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; there is {', '.join(DTYPES)}")
+    if dtype not in (*DTYPES, EXACT):
+        raise ValueError(f"unknown dtype {dtype!r}; there is {', '.join((*DTYPES, EXACT))}")
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}; there is {', '.join(PROFILES)}")
     found = resolve(implementation) if isinstance(implementation, str) else adopt("", implementation)

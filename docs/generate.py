@@ -6,6 +6,7 @@ Generated are docs/probes.md, docs/checks.md, docs/families/*.md and the tables 
 import re
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from conformance.families import (  # noqa: E402
     COMPONENTS,
     FAMILIES,
     MODELS,
+    TOKENIZERS,
     Component,
     Family,
+    Tokenizer,
     Value,
     claims,
     get,
-)  # fmt: skip
+)
+from conformance.families.texts import CONTRACT  # noqa: E402
 from conformance.probes import VOCABULARY, any_layer, word  # noqa: E402
 
 # What the page of properties begins with.
@@ -145,6 +149,8 @@ def family(name: str) -> str:
     found, manifest = get(name), Manifest()
     if isinstance(found, Component):
         return component(found)
+    if isinstance(found, Tokenizer):
+        return tokenizer(found)
     fields = [
         [f"`{f.name}`", f.default, f.meaning, ", ".join(f"`{c}`" for c in catalogue.field_cases(found, f.name))]
         for f in found.fields
@@ -195,6 +201,35 @@ def component(found: Component) -> str:
     )
 
 
+def tokenizer(found: Tokenizer) -> str:
+    """One tokenizer: rules, contract, fields, cases."""
+    manifest = Manifest()
+    fields = [
+        [f"`{f.name}`", f.default, f.meaning, ", ".join(f"`{c}`" for c in catalogue.field_cases(found, f.name))]
+        for f in found.fields
+    ]
+    cases = [
+        [f"`{r.name}`", r.summary, str(sum(map(len, manifest.cases[r.name]["claims"].values())))] for r in found.recipes
+    ]
+    return (
+        f"# {found.title}\n\nSource: {found.paper}. Oracle: {found.oracle}.\n\n"
+        f"    conformance run my_tokenizer.py:load --family {found.name}\n\n"
+        f"## Rules\n\n{found.rules.strip(chr(10))}\n\n## Contract\n\n```\n{CONTRACT.strip(chr(10))}\n```\n\n"
+        f"{_disagreements(found)}## Fields\n\n"
+        + _table(["field", "default", "meaning", "cases that move it"], fields)
+        + "\n## Cases\n\n"
+        + _table(["case", "what it is", "claims"], cases)
+    )
+
+
+def _disagreements(found: Tokenizer) -> str:
+    """What the family's file says about its oracle, and where others differ."""
+    from inspect import cleandoc
+
+    said = cleandoc(import_module(f"conformance.families.{found.name}").__doc__ or "").split("\n\n", 1)[1]
+    return f"## Oracle, and where others differ\n\n{said}\n\n"
+
+
 def _axes(value: Value) -> str:
     return "setting" if value.axes is None else f"({', '.join(value.axes.split())})"
 
@@ -218,6 +253,25 @@ def components_table() -> str:
             ]
         )
     return _table(["component", "paper", "reference", "oracle", "cases", "claims"], rows)
+
+
+def tokenizers_table() -> str:
+    """README: tokenizer, paper, reference, oracle, cases, claims."""
+    rows = []
+    for name in TOKENIZERS:
+        found = get(name)
+        claims = [claim for claim in Manifest().claims() if claim.family == name]
+        rows.append(
+            [
+                f"[`{name}`](docs/families/{name}.md)",
+                found.paper,
+                f"[`reference_impl/tokenizer/{name}.py`](reference_impl/tokenizer/{name}.py)",
+                found.oracle,
+                str(len({claim.case for claim in claims})),
+                str(len(claims)),
+            ]
+        )
+    return _table(["tokenizer", "paper", "reference", "oracle", "cases", "claims"], rows)
 
 
 def models_table() -> str:
@@ -247,6 +301,7 @@ def pages() -> dict[Path, str]:
     made |= {ROOT / f"docs/families/{name}.md": NOTICE + family(name) for name in FAMILIES}
     readme = ROOT / "README.md"
     text = _between(readme.read_text(), "models", models_table)
+    text = _between(text, "tokenizers", tokenizers_table)
     made[readme] = _between(text, "components", components_table)
     return made
 

@@ -262,6 +262,7 @@ FAMILY = Family(
     equations=_EQUATIONS,
     oracle="loops over the paper's equations (conformance.oracles.equations.gnmt)",
     oracle_class="conformance.oracles.sequence_models:GNMT",
+    oracle_requires=None,
     oracle_kernels=("eager",),
     encoder_decoder=True,
     fields=(),  # every key is a size that the shapes of the weights show

@@ -247,6 +247,7 @@ FAMILY = Family(
     equations=_EQUATIONS,
     oracle="loops over the paper's equations (conformance.oracles.equations.rnn_search)",
     oracle_class="conformance.oracles.sequence_models:RNNSearch",
+    oracle_requires=None,
     oracle_kernels=("eager",),
     encoder_decoder=True,
     fields=(ConfigField(name="reset_after", default="false", meaning="the reset gates stand after the product U h"),),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from conformance.judge import Judge
 
 GROUPS = (
-    "golden", "cache", "component",
+    "golden", "cache", "memory", "packed", "component", "tokenizer",
     "shapes", "causality", "reach", "batching", "invariance", "sensitivity", "gradients", "determinism", "round_trip",
 )  # fmt: skip
 

@@ -46,7 +46,7 @@ def test_one_layer(judge: "Judge") -> None:
 
     windows = drawn.windows(judge)
     tokens = min(judge.candidate.vocab, 4 * drawn.USUAL_TOKENS)
-    width = judge.case.weights[drawn.table(judge)].shape[1]
+    width = drawn.family(judge).probe_sizes(judge.case.config, 1, 1)["hidden"]
     loaded: dict[int, Candidate] = {}
 
     def holds(example: "Example") -> None:
