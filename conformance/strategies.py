@@ -166,7 +166,6 @@ WORDS = {
     "lengths": "tokens of each row: {}",
     "side": "padded on the {}",
     "extra": "columns of padding beyond the longest row: {}",
-    "prompt": "a prompt of {} tokens",
     "plan": "calls of {} tokens",
     "at": "token {} changed",
     "row": "row {}",

@@ -119,8 +119,8 @@ def _(_: Any) -> Any:
 
 @mutant("shapes.any", "gpt2/plain", "a table of positions that is one row short")
 def _(patch: pytest.MonkeyPatch) -> None:
-    right = masks.positions
-    patch.setattr(masks, "positions", lambda real, *, num_queries: right(real, num_queries=num_queries) + 1)
+    right = masks.default_positions
+    patch.setattr(masks, "default_positions", lambda tokens, *, num_queries: right(tokens, num_queries=num_queries) + 1)
 
 
 @mutant("shapes.inputs", "llama/plain", "the ids are overwritten after use")
@@ -145,12 +145,32 @@ def _(_: Any) -> Any:
 # --- causality -------------------------------------------------------------------------------------------------------
 
 
-@mutant("causality.prefix", "llama/plain", "the causal mask is off by one: a query sees the next key")
-def _(patch: pytest.MonkeyPatch) -> None:
-    def causal(num_queries: int, num_keys: int, device: Any = None) -> Tensor:
-        return torch.arange(num_keys)[None] <= torch.arange(num_queries)[:, None] + (num_keys - num_queries) + 1
+def _seen(change: Callable[[masks.Tokens, Tensor, int, int | None], Tensor]) -> Callable[[pytest.MonkeyPatch], None]:
+    """Another mask: `change` gets tokens, the right mask (B, 1, T, S), T and the window."""
 
-    patch.setattr(masks, "causal", causal)
+    def patched(patch: pytest.MonkeyPatch) -> None:
+        right = masks.visible_in_rows
+
+        def visible(tokens: masks.Tokens, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
+            mask = right(tokens, num_queries=num_queries, sliding_window=sliding_window)
+            return change(tokens, mask, num_queries, sliding_window)
+
+        patch.setattr(masks, "visible_in_rows", visible)
+
+    return patched
+
+
+def _places(tokens: masks.Tokens, queries: int) -> tuple[Tensor, Tensor]:
+    """Places of queries (B, 1, T, 1) and of keys (B, 1, 1, S)."""
+    return tokens.place[:, None, -queries:, None], tokens.place[:, None, None]
+
+
+def _next_seen(tokens: masks.Tokens, mask: Tensor, queries: int, window: int | None) -> Tensor:
+    query, key = _places(tokens, queries)
+    return mask | (key == query + 1)
+
+
+mutant("causality.prefix", "llama/plain", "the causal mask is off by one: a query sees the next key")(_seen(_next_seen))
 
 
 @mutant("causality.prefix", "gpt2/plain", "the token itself is hidden, and its residual stream is dropped")
@@ -199,12 +219,13 @@ def _(_: Any) -> Any:
 
 def _wider(by: int) -> Callable[[pytest.MonkeyPatch], None]:
     def patched(patch: pytest.MonkeyPatch) -> None:
-        right = masks.within_window
+        right = masks.visible_in_rows
 
-        def within(real: Tensor, *, num_queries: int, sliding_window: int) -> Tensor:
-            return right(real, num_queries=num_queries, sliding_window=sliding_window + by)
+        def visible(tokens: masks.Tokens, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
+            window = None if sliding_window is None else sliding_window + by
+            return right(tokens, num_queries=num_queries, sliding_window=window)
 
-        patch.setattr(masks, "within_window", within)
+        patch.setattr(masks, "visible_in_rows", visible)
 
     return patched
 
@@ -215,43 +236,38 @@ mutant("reach.one_layer", "mistral/distinct", "the window has one key less")(_wi
 mutant("reach.one_layer", "gpt3/plain", "every block is dense")(_wider(10_000))
 
 
-@mutant("reach.last_row", "llama/plain", "no token sees the first one")
-def _(patch: pytest.MonkeyPatch) -> None:
-    right = masks.causal
+def _without_first(tokens: masks.Tokens, mask: Tensor, queries: int, window: int | None) -> Tensor:
+    query, key = _places(tokens, queries)
+    return mask & ((key > 0) | (query == 0))
 
-    def causal(queries: int, keys: int, device: Any = None) -> Tensor:
-        seen = right(queries, keys, device).clone()
-        seen[1:, 0] = False
-        return seen
 
-    patch.setattr(masks, "causal", causal)
+mutant("reach.last_row", "llama/plain", "no token sees the first one")(_seen(_without_first))
 
 
 # --- cache -----------------------------------------------------------------------------------------------------------
 
 
-@mutant("cache.any_plan", "llama/plain", "the mask of several tokens onto a cache is aligned at the top left")
-def _(patch: pytest.MonkeyPatch) -> None:
-    def causal(queries: int, keys: int, device: Any = None) -> Tensor:
-        offset = keys - queries if queries == 1 else 0
-        return torch.arange(keys)[None] <= torch.arange(queries)[:, None] + offset
-
-    patch.setattr(masks, "causal", causal)
+def _top_left(tokens: masks.Tokens, mask: Tensor, queries: int, window: int | None) -> Tensor:
+    query, key = _places(tokens, queries)
+    return mask & (key <= query - (key.shape[-1] - queries)) if queries > 1 else mask
 
 
-@mutant("cache.any_plan", "mistral/distinct", "a cache of `window` slots, written before the chunk's queries read it")
-def _(patch: pytest.MonkeyPatch) -> None:
+mutant("cache.any_plan", "llama/plain", "the mask of several tokens onto a cache is aligned at the top left")(
+    _seen(_top_left)
+)
+
+
+def _written_first(tokens: masks.Tokens, mask: Tensor, queries: int, window: int | None) -> Tensor:
     """Only a chunk of several tokens onto a full cache loses keys that its first queries need."""
-    right = masks.within_window
+    query, key = _places(tokens, queries)
+    if window is None or key.shape[-1] == queries:
+        return mask
+    return mask & (key > query[:, :, -1:] - max(window, queries))
 
-    def within(real: Tensor, *, num_queries: int, sliding_window: int) -> Tensor:
-        keys = real.shape[1]
-        kept = right(real, num_queries=num_queries, sliding_window=sliding_window)
-        if keys > num_queries > 1:
-            kept = kept & (torch.arange(keys) >= keys - max(sliding_window, num_queries))
-        return kept
 
-    patch.setattr(masks, "within_window", within)
+mutant("cache.any_plan", "mistral/distinct", "a cache of `window` slots, written before the chunk's queries read it")(
+    _seen(_written_first)
+)
 
 
 @mutant("cache.fresh_session", "llama/plain", "all sessions of a model share one cache")
@@ -287,31 +303,6 @@ def _(patch: pytest.MonkeyPatch) -> None:
             1, torch.arange(cache.length), True
         ),
     )  # fmt: skip
-
-
-class GrowsAnyway:
-    """Promises a rolling cache and keeps everything."""
-
-    families = frozenset({"mistral"})
-
-    def load(self, checkpoint: Any) -> Any:
-        model = Reference("eager").load(checkpoint)
-        opened = model.session
-
-        class Rolling:
-            rolling = True
-
-            def __init__(self) -> None:
-                self.session = opened()
-                self.feed, self.state_bytes = self.session.feed, self.session.state_bytes
-
-        model.session = Rolling
-        return model
-
-
-@mutant("cache.rolling_state", "mistral/distinct", "a rolling cache is promised, and the state grows")
-def _(_: Any) -> Any:
-    return GrowsAnyway()
 
 
 @mutant("cache.any_plan", "lstm/plain", "the state that a piece begins with is not used")
@@ -354,10 +345,10 @@ def _(_: Any) -> Any:
 
 
 def _positions_from_columns(patch: pytest.MonkeyPatch) -> None:
-    def positions(real: Tensor, *, num_queries: int) -> Tensor:
-        return torch.arange(real.shape[1]).expand(real.shape)[:, real.shape[1] - num_queries :]
+    def positions(tokens: masks.Tokens, *, num_queries: int) -> Tensor:
+        return torch.arange(tokens.place.shape[1]).expand(tokens.place.shape)[:, -num_queries:]
 
-    patch.setattr(masks, "positions", positions)
+    patch.setattr(masks, "default_positions", positions)
 
 
 mutant("batching.padding", "gpt2/plain", "positions count columns, padding included")(_positions_from_columns)
@@ -366,10 +357,12 @@ mutant("batching.decoding", "gpt/plain", "positions of decoded tokens count colu
 )
 
 
-@mutant("batching.padding", "llama/distinct", "padding is not masked")
-def _(patch: pytest.MonkeyPatch) -> None:
-    right = masks.visible_keys
-    patch.setattr(masks, "visible_keys", lambda real, **more: right(torch.ones_like(real), **more))
+def _padding_seen(tokens: masks.Tokens, mask: Tensor, queries: int, window: int | None) -> Tensor:
+    query, key = _places(tokens, queries)
+    return key <= query
+
+
+mutant("batching.padding", "llama/distinct", "padding is not masked")(_seen(_padding_seen))
 
 
 @mutant("batching.padding", "multi_head_attention/cross", "the mask is ignored")

@@ -15,9 +15,6 @@ Claims = dict[str, tuple[str, ...]]
 _DOUBLE = ("float64",)
 _FINE = ("float64", "float32")
 
-# Windows that drawn texts can outgrow.
-WIDEST_WINDOW = 24
-
 # What every model claims unless its family makes an exception.
 EVERY: Claims = {
     "shapes.any": ("float64", "float32", "bfloat16"),
@@ -141,8 +138,6 @@ class Properties:
             claims["causality.encoder"] = _DOUBLE
         if self.positions is not None and None in self.windows(config):
             claims["invariance.order"] = _DOUBLE
-        if all(window is not None and window <= WIDEST_WINDOW for window in self.windows(config)):
-            claims["cache.rolling_state"] = _DOUBLE
         claims |= {f"invariance.{name}": _DOUBLE for name, twins in self.twins.items() if twins.applies(config)}
         kept = {
             check: tuple(dtype for dtype in dtypes if f"{check} {dtype}" not in self.exceptions)

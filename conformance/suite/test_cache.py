@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from conformance.implementation import Misbehaviour, Unsupported
-from conformance.strategies import SEEDS, interleaved, plans, ragged_plans
+from conformance.implementation import Misbehaviour
+from conformance.strategies import interleaved, plans, ragged_plans
 from conformance.suite import drawn
 from conformance.suite.padding import moved, padded_ids, row_truth
 from conformance.suite.related import pieces_agree
@@ -181,34 +181,6 @@ def test_ragged_plan(judge: "Judge") -> None:
 
     first = [{"ids": 0, "lengths": [2, 1, 5], "extra": 1, "plan": [2, 3, 1]}]
     judge.search(ragged_plans(drawn.usual(judge), RAGGED_STEPS), holds, first)
-
-
-def test_rolling_state(judge: "Judge") -> None:
-    """A session that promises a rolling cache (its attribute `rolling` is true) stops growing at the window.
-
-    Once as many tokens were fed as the window has keys, `state_bytes()` stays what it is, token after token.
-    """
-    from hypothesis import strategies as st
-
-    widest = max(window for window in drawn.windows(judge) if window is not None)
-
-    def holds(example: "Example") -> None:
-        text = drawn.text(judge, example["ids"], 1, example["prompt"] + 2 * widest)
-        with judge.precision():
-            session = drawn.session(judge, text)
-            if not getattr(session.session, "rolling", False):
-                raise Unsupported("the session promises no rolling cache")
-            sizes = []
-            for part in drawn.parts([example["prompt"]] + [1] * (2 * widest)):
-                session.feed(text.ids[:, part])
-                sizes.append(session.session.state_bytes())
-        full = sizes[max(1, widest - example["prompt"] + 1) :]
-        if len(set(full)) > 1:
-            raise Misbehaviour(
-                "grows", f"the state grows beyond a window of {widest} keys: {full[0]} to {full[-1]} bytes"
-            )
-
-    judge.search(st.fixed_dictionaries({"ids": SEEDS, "prompt": st.integers(1, 2 * widest)}), holds)
 
 
 def _calls(total: int, size: int) -> list[int]:

@@ -46,8 +46,6 @@ def test_claims_follow_from_the_configuration() -> None:
 
     assert "invariance.repeated_key_values" in of("llama", "distinct")
     assert "invariance.repeated_key_values" not in of("llama", "plain")  # as many key-value heads as query heads
-    assert "cache.rolling_state" in of("mistral", "distinct")
-    assert "cache.rolling_state" not in of("mistral", "plain")  # no drawn text outgrows 4,096 keys
     assert "gradients.tied" in of("gpt2", "plain")
     assert "gradients.tied" not in of("llama", "plain")
     assert "invariance.reversal" in of("rnn", "bidirectional")
