@@ -249,6 +249,20 @@ class Judge:
             )
             raise Failure(f"{what} differ from the oracle's", judgement, _where(got, truth, real, judgement), equals)
 
+    def identical(self, got: Tensor, wanted: Tensor, what: str) -> None:
+        """Compare two of the candidate's own answers, bit for bit.
+
+        Raises: Misbehaviour if they differ in shape or dtype, Failure if they differ in a bit.
+        """
+        if (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
+            raise Misbehaviour("shape", f"{what} are {tuple(got.shape)} in {got.dtype}, "
+                               f"wanted {tuple(wanted.shape)} in {wanted.dtype}")  # fmt: skip
+        judgement = bounds.identical(got, wanted)
+        if self.worst is None or judgement.error.max > self.worst.error.max:
+            self.worst = judgement
+        if not judgement.passed:
+            raise Failure(f"{what} differ from one process's", judgement, [], None)
+
 
 def judge(check: Callable[[Judge], None], claim: Claim, prepare: Callable[[], Judge]) -> Result:
     """Run one check and turn whatever happens into a result.  Only BaseExceptions that are not errors pass through."""
