@@ -4,9 +4,11 @@ A case is a directory `fixtures/<family>/<case>/`:
 
     config.json            the configuration, in Hugging Face's own keys (both spellings of the rotary parameters)
     model.safetensors      weights under hub names, float32, exact in bfloat16; tensors that an earlier case of the
-                           family stores already are left out and listed in provenance.json under "shared"
-    inputs.safetensors     token ids, lengths, positions
-    expected.safetensors   float64 truth: logits, block outputs, and where the family stores them probes and gradients
+                           family stores already are left out and listed in provenance.json under "shared";
+                           of a tokenizer, its files by name, each as a tensor of bytes
+    inputs.safetensors     token ids, lengths, positions; of a tokenizer, texts in UTF-8, each ended by the byte 0xFF
+    expected.safetensors   float64 truth: logits, block outputs, and where the family stores them probes and gradients;
+                           of a tokenizer, rows of ids, each ended by -1
     provenance.json        recipe, versions, the oracle's own error per dtype, what the golden was checked against
 
 `fixtures/MANIFEST.json` holds the SHA-256 and size of every file and the claims of every case.  A fixture that is
@@ -212,6 +214,11 @@ class Case:
             weights |= {name: stored[name] for name, home in self.shared.items() if home == source}
         return dict(sorted(weights.items()))
 
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        """A tokenizer's files by name; each is stored among the weights, as a tensor of bytes."""
+        return {name: tensor.numpy().tobytes() for name, tensor in self.weights.items() if "tokenizer" in self.config}
+
     @property
     def shared(self) -> dict[str, str]:
         """Tensors that another case stores: hub name -> that case."""
@@ -243,6 +250,8 @@ class Case:
         claims = self.manifest.cases[self.name]["claims"] if self.manifest else self.provenance.get("claims", {})
         provenance = {**self.provenance, "claims": claims}
         self.write(directory, self.config, self.weights, self.inputs, self.expected, provenance)
+        for name, content in self.files.items():
+            (directory / name).write_bytes(content)
 
     @staticmethod
     def write(

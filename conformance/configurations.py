@@ -147,6 +147,22 @@ def gpt(draw: "DrawFn") -> Config:
     return plain("gpt") | gpt_sizes(draw) | {"afn": draw(st.sampled_from(["gelu", "relu", "silu", "swish"]))}
 
 
+def transformer_xl(draw: "DrawFn") -> Config:
+    """The memory is as long as what a query may see: in pieces of any size a text is then as it is in one."""
+    vocab, div_val, same_length = vocabulary(draw), draw(between(1, 4)), draw(FLAG)
+    cutoffs = sorted(draw(st.sets(between(1, vocab - 1), max_size=3)))
+    tied = draw(st.none() | st.lists(FLAG, min_size=len(cutoffs) + 1, max_size=len(cutoffs) + 1))
+    return plain("transformer_xl") | {
+        "vocab_size": vocab, "cutoffs": cutoffs, "div_val": div_val, "d_model": even(draw, 16),
+        "d_embed": div_val ** len(cutoffs) * draw(between(1, 3)), "n_layer": draw(between(1, 3)),
+        "n_head": draw(between(1, 4)), "d_head": draw(between(1, 8)), "d_inner": draw(between(1, 24)),
+        "same_length": same_length, "mem_len": draw(between(1, LONGEST) if same_length else between(LONGEST, 20)),
+        "clamp_len": draw(st.sampled_from([1000, -1, 0]) | between(1, LONGEST)), "pre_lnorm": draw(FLAG),
+        "untie_r": draw(FLAG), "layer_norm_epsilon": draw(EPSILONS), "tie_word_embeddings": draw(FLAG),
+        "proj_share_all_but_first": draw(FLAG), **({} if tied is None else {"tie_projs": tied}),
+    }  # fmt: skip
+
+
 def gpt2_options(draw: "DrawFn") -> Config:
     return {
         "n_inner": draw(st.none() | between(1, 30)),
@@ -183,7 +199,52 @@ def transformer(draw: "DrawFn") -> Config:
     }  # fmt: skip
 
 
+# Buckets and the distance that they end at. Where a bucket begins at an exact power, a rounded logarithm may put it one
+# too low, in the library as well; these have no such place below LONGEST.
+BUCKETS = st.sampled_from([(32, 128), (8, 20), (10, 7), (12, 11), (32, 20), (4, 9)])
+
+
+def switch_transformer(draw: "DrawFn") -> Config:
+    """Half of the drawn experts have room for all; the others are compared in full forwards only."""
+    layers, deep = draw(between(1, 3)), draw(st.none() | between(1, 3))
+    buckets, distance = draw(BUCKETS)
+    config = plain("switch_transformer") | {
+        "vocab_size": vocabulary(draw), "d_model": draw(between(2, 20)), "d_kv": draw(between(1, 8)),
+        "d_ff": draw(between(1, 24)), "num_heads": draw(between(1, 4)), "num_layers": layers,
+        "num_decoder_layers": deep, "num_sparse_encoder_layers": draw(between(1, layers)),
+        "num_sparse_decoder_layers": draw(between(1, deep or layers)), "num_experts": draw(between(1, 5)),
+        "expert_capacity": draw(st.just(64) | between(1, LONGEST)), "router_bias": draw(FLAG),
+        "router_ignore_padding_tokens": draw(FLAG), "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": distance, "layer_norm_epsilon": draw(EPSILONS),
+        "dense_act_fn": draw(ACTIVATIONS), "tie_word_embeddings": draw(st.just(True) | FLAG),
+    }  # fmt: skip
+    for step in ("encoder_sparse_step", "decoder_sparse_step"):
+        config.pop(step)
+        if (value := draw(st.none() | between(0, 3))) is not None:
+            config[step] = value
+    return config
+
+
+def recurrent_sizes(draw: "DrawFn") -> Config:
+    """What RNNsearch and GNMT have in common."""
+    return {
+        "vocab_size": vocabulary(draw), "decoder_vocab_size": vocabulary(draw),
+        "hidden_size": draw(between(1, 8)), "attention_size": draw(between(1, 8)),
+    }  # fmt: skip
+
+
+def rnn_search(draw: "DrawFn") -> Config:
+    sizes = {"embedding_size": draw(between(1, 8)), "maxout_size": draw(between(1, 6))}
+    return plain("rnn_search") | recurrent_sizes(draw) | sizes | {"reset_after": draw(FLAG)}
+
+
+def gnmt(draw: "DrawFn") -> Config:
+    layers = {"encoder_layers": draw(between(2, 5)), "decoder_layers": draw(between(2, 5))}
+    return plain("gnmt") | recurrent_sizes(draw) | layers | {"embedding_size": draw(between(1, 8))}
+
+
 DRAWN: dict[str, Callable[["DrawFn"], Config]] = {
-    "transformer": transformer, "gpt": gpt, "gpt2": gpt2, "gpt3": gpt3, "llama": llama, "mistral": mistral,
-    "mixtral": mixtral, "phi": phi,
+    "rnn_search": rnn_search, "gnmt": gnmt, "transformer": transformer, "gpt": gpt,
+    "transformer_xl": transformer_xl, "gpt2": gpt2, "gpt3": gpt3, "switch_transformer": switch_transformer,
+    "llama": llama, "mistral": mistral, "mixtral": mixtral, "phi": phi,
 }  # fmt: skip

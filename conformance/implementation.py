@@ -5,7 +5,8 @@ An implementation is any object with `name`, `families` and `load(checkpoint)`; 
 (batch, seq, vocab), or a dict with "logits" and optionally those of `LOSSES`.  Only arguments that it declares are
 passed.  An encoder–decoder model takes `decoder_input_ids`, and perhaps `decoder_attention_mask`, too: its logits
 belong to these.
-Optional attributes, each declared by its presence: `session(**source)`, `parameters`, `partitioned(stages)`.
+Optional attributes, each declared by its presence: `session(**source)`, `packed(input_ids, lengths)`, `parameters`,
+`partitioned(stages)`.
 """
 
 import copy
@@ -43,6 +44,8 @@ BUILT_IN = {
 # What a model may return beside its logits: the whole loss, and what a router adds to it (before its coefficient).
 LOSSES = ("loss", "aux_loss", "z_loss")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+# The dtype of a claim about ids and text.
+EXACT = "exact"
 
 
 class Unsupported(Exception):
@@ -56,7 +59,7 @@ class CannotResolve(ValueError):
 class Misbehaviour(Exception):
     """A candidate's answer that is wrong in kind, not in value: shape, dtype, type, NaN.
 
-    kind: "shape", "dtype", "type", "not finite".
+    kind: "shape", "dtype", "type", "not finite", "signature", "input changed", "state grows".
     """
 
     def __init__(self, kind: str, message: str):
@@ -182,6 +185,8 @@ class Checkpoint:
     config: the content of config.json.
     dtype, device: what the model must run in and on.
     tensors(): hub name -> weight in that dtype on that device, fresh copies.
+
+    A tokenizer's directory holds its files (`files`, by name) instead of weights.
     """
 
     def __init__(
@@ -190,6 +195,7 @@ class Checkpoint:
         weights: "dict[str, Tensor]",
         dtype: "torch.dtype",
         device: "torch.device",
+        files: Mapping[str, bytes] | None = None,
     ):
         self.config, self.dtype, self.device = copy.deepcopy(config), dtype, device
         from safetensors.torch import save_file
@@ -202,7 +208,10 @@ class Checkpoint:
         self.path = Path(tempfile.mkdtemp(prefix="conformance-checkpoint-", dir=os.environ.get("CONFORMANCE_SCRATCH")))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         write_json(self.path / "config.json", self.config)
-        save_file(weights, self.path / "model.safetensors", metadata={"format": "pt"})
+        if files is None:
+            save_file(weights, self.path / "model.safetensors", metadata={"format": "pt"})
+        for name, content in (files or {}).items():
+            (self.path / name).write_bytes(content)
 
     def tensors(self) -> "dict[str, Tensor]":
         return {
@@ -226,6 +235,7 @@ class Candidate:
 
     dtype: the dtype under judgement.  vocab: expected width of the logits.
     calls: how many times the model has been called (a session's feed counts as one).
+    given: the tensors that the last call was given, by argument.
     """
 
     def __init__(self, model: Any, dtype: "torch.dtype", device: "torch.device", vocab: int):
@@ -234,6 +244,7 @@ class Candidate:
         self.model, self.dtype, self.device, self.vocab = model, dtype, device, vocab
         self.declared = _declared_arguments(model)
         self.calls = 0
+        self.given: dict[str, Tensor] = {}
 
     def accepts(self, argument: str) -> bool:
         return self.declared is None or argument in self.declared
@@ -253,8 +264,9 @@ class Candidate:
         if decoded is not None and not self.accepts("decoder_input_ids"):
             raise Misbehaviour("signature", "the model takes no decoder_input_ids, which its decoder is to read")
         passed = {k: v.clone().to(self.device) for k, v in optional.items() if self.accepts(k)}
+        self.given = {"input_ids": input_ids.clone().to(self.device), **passed}
         with running("model(…)"):
-            returned = self.model(input_ids.clone().to(self.device), **passed)
+            returned = self.model(self.given["input_ids"], **passed)
         return self._normalise(returned, tuple((input_ids if decoded is None else decoded).shape))
 
     def parameters(self, names: list[str]) -> "dict[str, Tensor] | None":
@@ -281,6 +293,18 @@ class Candidate:
             raise Unsupported("session() takes no attention_mask")
         with running("model.session()"):
             return Session(self, self.model.session(**{k: v.clone().to(self.device) for k, v in source.items()}))
+
+    def packed(self, input_ids: "Tensor", lengths: "Tensor") -> "Tensor":
+        """Logits (1, tokens, vocab) of texts of these lengths, one behind the other in the one row of `input_ids`.
+
+        Raises: Unsupported if the model has no `packed`.
+        """
+        if not hasattr(self.model, "packed"):
+            raise Unsupported("the model has no packed()")
+        self.calls += 1
+        with running("model.packed(…)"):
+            returned = self.model.packed(input_ids.clone().to(self.device), lengths.clone().to(self.device))
+        return self._normalise(returned, tuple(input_ids.shape)).logits
 
     def partitioned(self, stages: int) -> "Candidate":
         """The same model, its blocks shared out to so many processes.
@@ -359,6 +383,19 @@ class Session:
             returned = self.session.feed(input_ids.clone().to(self.candidate.device), **passed)
         # An engine may return the same buffer again and again
         return self.candidate._normalise(returned, tuple(input_ids.shape)).logits.clone()
+
+    def state_bytes(self) -> int:
+        """Memory that the session says it holds, in bytes.
+
+        Raises: Unsupported if it has no `state_bytes`.
+        """
+        if not hasattr(self.session, "state_bytes"):
+            raise Unsupported("the session has no state_bytes()")
+        with running("session.state_bytes()"):
+            size = self.session.state_bytes()
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise Misbehaviour("type", f"state_bytes() returned {size!r}, wanted a number of bytes")
+        return size
 
 
 def load(implementation: Implementation, case: "Case", dtype: str, device: str) -> Candidate:

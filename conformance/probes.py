@@ -28,6 +28,7 @@ PROBED_STEPS = 3
 VOCABULARY: dict[str, str] = {
     "embedding": "what enters the first block: the looked-up rows of the embedding table (positions added, scaled, "
     "where the family does so)",
+    "distances": "relative positions: the encodings of the distances 0, 1, …",
     "layers.N.norm": "normalised input of the block, where attention and feed-forward layer share it (parallel blocks)",
     "layers.N.attention.norm": "normalised input of the attention",
     "layers.N.attention.query": "query projection, bias included, before rotary positions",
@@ -37,7 +38,12 @@ VOCABULARY: dict[str, str] = {
     "layers.N.attention.key_normed": "key, each head normalised on its own, before rotary positions",
     "layers.N.attention.query_rotated": "query after rotary positions, as the score kernel receives it",
     "layers.N.attention.key_rotated": "key after rotary positions, one per key-value head (not repeated)",
-    "layers.N.attention.scores": "scaled scores, before any mask",
+    "layers.N.attention.distance_key": "relative positions: projection of the encodings of the distances 0, 1, …",
+    "layers.N.attention.content_scores": "relative positions: scaled scores of what keys are, (q + u) · k, before any "
+    "mask",
+    "layers.N.attention.position_scores": "relative positions: scaled scores of where keys are, (q + v) · distance "
+    "key, by key, 0 after the query",
+    "layers.N.attention.scores": "scaled scores, position bias included, before any mask",
     "layers.N.attention.weights": "attention weights: softmax of the masked scores over the keys",
     "layers.N.attention.context": "weighted sum of the values, before the output projection",
     "layers.N.attention.output": "output projection of the context, bias included",
@@ -65,8 +71,9 @@ VOCABULARY: dict[str, str] = {
     "steps.N.state": "hidden state after step N, of the layer that attends",
     "pieces": "values that a maxout layer chooses from",
     "maxout": "what a maxout layer returns: the larger of each two neighbours",
-    "final_norm": "normalised output of the last block, the input of the head",
-    "logits": "scores over the vocabulary, before any softmax",
+    "final_norm": "normalised output of the last block: the input of the head, or what a decoder attends to",
+    "head_scores": "adaptive softmax: scores of the first cluster's tokens and, after them, of the other clusters",
+    "logits": "scores over the vocabulary, before any softmax; of an adaptive softmax, log-probabilities",
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from conformance.families import Config, Family, Recipe
 from conformance.families.encoder_decoders import FULL, MODEST
+from conformance.families.properties import ENCODER_DECODER, EVERY, Properties
 from conformance.families.sequence_models import (
     ALONE,
     WITH_LOSS,
@@ -261,6 +262,7 @@ FAMILY = Family(
     equations=_EQUATIONS,
     oracle="loops over the paper's equations (conformance.oracles.equations.gnmt)",
     oracle_class="conformance.oracles.sequence_models:GNMT",
+    oracle_requires=None,
     oracle_kernels=("eager",),
     encoder_decoder=True,
     fields=(),  # every key is a size that the shapes of the weights show
@@ -271,4 +273,10 @@ FAMILY = Family(
     module_probes=module_probes,
     kernel_probes=lambda config: {},
     layers_key="encoder_layers",
+    properties=Properties(
+        table=lambda config: "decoder.embedding.weight",
+        windows=lambda config: (None,) * config["decoder_layers"],
+        tied=lambda config: False,
+        claims=EVERY | ENCODER_DECODER,
+    ),
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 from conformance.families import Config, ConfigField, Family, Recipe, llama_like
 from conformance.families.decoders import (
+    CONSTANT_STATE,
     FULL,
     MODEST,
     PARTITION,
@@ -18,6 +19,8 @@ from conformance.families.decoders import (
     rope_keys,
     without,
 )
+from conformance.families.properties import Properties
+from conformance.families.twins import REPEATED_KEY_VALUES, WIDE_WINDOW
 from conformance.probes import ProbeSpec
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -129,7 +132,7 @@ def _recipes() -> tuple[Recipe, ...]:
             config=window,
             weights="mistral/window",
             seq=17,
-            claims=without(FULL, "golden.gradients", "golden.blocks", "golden.loss") | PARTITION,
+            claims=without(FULL, "golden.gradients", "golden.blocks", "golden.loss") | CONSTANT_STATE | PARTITION,
             store=frozenset({"positions"}),
             field="sliding_window",
             counterfactuals=_window_mistakes(window),
@@ -250,4 +253,11 @@ FAMILY = Family(
     module_probes=module_probes,
     kernel_probes=kernel_probes,
     block_checkpoint=partial(block_checkpoint, final_norm="model.norm"),
+    properties=Properties(
+        table=lambda config: "model.embed_tokens.weight",
+        windows=lambda config: (config.get("sliding_window", _DEFAULT_WINDOW),) * config["num_hidden_layers"],
+        tied=lambda config: bool(config.get("tie_word_embeddings", False)),
+        shift=True,
+        twins={"repeated_key_values": REPEATED_KEY_VALUES, "wide_window": WIDE_WINDOW},
+    ),
 )  # fmt: skip

@@ -24,6 +24,8 @@ from conformance.families.decoders import (
     rope_keys,
     without,
 )
+from conformance.families.properties import ROUTED, Properties
+from conformance.families.twins import ONE_EXPERT, REPEATED_KEY_VALUES, WIDE_WINDOW
 from conformance.probes import ProbeSpec
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ _UNBALANCED_IDS = (
 def _field(field: str, label: str, changes: dict[str, Any], *, also: dict[str, Config] | None = None) -> Recipe:
     config = _config(**changes)
     recipe = field_case("mixtral", field, label, config, _config(), tensor_shapes, also=also)
-    return replace(recipe, weights=_PLAIN, claims=_MODEST)
+    return replace(recipe, weights=_PLAIN, claims={**recipe.claims, **_MODEST})
 
 
 _LINEAR = {"rope_type": "linear", "rope_theta": _DEFAULT_THETA, "factor": 4.0}
@@ -134,8 +136,8 @@ def _recipes() -> tuple[Recipe, ...]:
             summary="everything at once: all sizes different, 2 of 5 experts, a window, grouped queries, scaling",
             config=distinct,
             weights="mixtral/distinct",
-            claims=_FULL | PARTITION,
-            store=frozenset({"probes", "gradients", "blocks", "positions", "loss"}),
+            claims=_FULL | PARTITION | {"golden.auxiliary_losses": ("float64",)},
+            store=frozenset({"probes", "gradients", "blocks", "positions", "loss", "auxiliary"}),
             counterfactuals={"sliding_window ignored": distinct | {"sliding_window": None}},
         ),
         Recipe(
@@ -302,4 +304,12 @@ FAMILY = Family(
     block_checkpoint=partial(block_checkpoint, final_norm="model.norm"),
     oracle_class="conformance.oracles.mixtral:Mixtral",
     oracle_settings={"experts_implementation": "eager"},
+    properties=Properties(
+        table=lambda config: "model.embed_tokens.weight",
+        windows=lambda config: (config.get("sliding_window"),) * config["num_hidden_layers"],
+        tied=lambda config: bool(config.get("tie_word_embeddings", False)),
+        shift=True,
+        twins={"repeated_key_values": REPEATED_KEY_VALUES, "wide_window": WIDE_WINDOW, "one_expert": ONE_EXPERT},
+        exceptions=ROUTED,
+    ),
 )  # fmt: skip

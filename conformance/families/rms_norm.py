@@ -5,7 +5,7 @@ Oracle: `torch.nn.functional.rms_norm`.
 
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
+from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
 from conformance.families.components import ALL
 
 if TYPE_CHECKING:
@@ -57,5 +57,9 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.norm:rms_norm",
+    relations={
+        "batching.alone": relations.rows("x"),
+        "invariance.scale": relations.scale("x"),
+    },
     fields=(ConfigField(name="eps", default="1e-6", meaning="ε, inside the root"),),
 )  # fmt: skip

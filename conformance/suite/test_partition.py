@@ -28,7 +28,7 @@ def test_bit_equal(judge: "Judge") -> None:
     for stages, candidate in several.items():
         answers = _answers(judge, candidate)
         for what in [what for what in one if what in answers]:
-            judge.same(answers[what], one[what], f"logits of {stages} stages, {what},")
+            judge.identical(answers[what], one[what], f"logits of {stages} stages, {what},")
 
 
 def _answers(judge: "Judge", candidate: "Candidate") -> "dict[str, Tensor]":

@@ -16,6 +16,7 @@ from conformance.cli import main
 from conformance.configurations import DRAWN, LONGEST, configurations, plain
 from conformance.families import MODELS, get
 from conformance.fuzz import Found, Fuzzer, examples, fuzz
+from conformance.oracles import oracle_missing
 from conformance.worker import Worker
 from reference_impl.checkpoint import FAMILIES
 
@@ -127,10 +128,22 @@ def test_the_time_ends_a_search(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", DRAWN)
 def test_the_reference_agrees_with_the_oracle_on_drawn_configurations(family: str, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+    if missing := oracle_missing(family):
+        pytest.skip(missing)
     result = fuzz("reference", [family], keep=tmp_path, seconds=600, most=8)[0]
     assert result.failure is None
     assert result.examples == 8
+
+
+@pytest.mark.parametrize("implementation", ["reference", "reference-sdpa"])
+def test_a_family_whose_oracle_another_release_has_is_refused_by_name(
+    implementation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("conformance.oracles.version", lambda _: "5.23.0")
+    with pytest.raises(
+        ValueError, match=r"the oracle of transformer_xl needs transformers<=4\.37\.2, this is 5\.23\.0"
+    ):
+        fuzz(implementation, ["transformer_xl"], keep=tmp_path)
 
 
 def test_the_reference_is_compared_with_the_oracle_and_not_with_itself(

@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown family": (("--family", "lama"), r"unknown family lama; there is (.*, )?llama\b"),
     "unknown case": (("--case", "llama/plane"), r"unknown case llama/plane; there is (.*, )?llama/plain\b"),
     "unknown check": (("--check", "golden.logit"), r"unknown check golden.logit; there is .*\bgolden.logits\b"),
-    "unknown dtype": (("--dtype", "int8"), r"unknown dtype int8; there is bfloat16, float16, float32, float64"),
+    "unknown dtype": (("--dtype", "int8"), r"unknown dtype int8; there is bfloat16, exact, float16, float32, float64"),
     "no such claim": (
         ("--case", CASE, "--check", "golden.gradients"),
         rf"no claim matches the selection: case {CASE}, check golden.gradients",
@@ -341,11 +341,15 @@ class Answers:
             {"outcome": "pass", "message": ""} if answer else Died("exit status 1" if answer is None else "timeout", "")
         )
 
+    def journalled(self) -> None:
+        """No claim was running an example."""
+
 
 def judged(claims: list[Claim], answers: Iterable[bool | None]) -> list[tuple[str, str]]:
     """Outcome and message of each claim, when the worker answers so."""
     run = Run.__new__(Run)
     run.timeout, run.hung, run.worker = 1.0, [], Answers(answers)  # type: ignore[assignment]
+    run.settings, run.directories = {}, {}
     results = [run.judge(claim) for claim in claims]
     return [(result["outcome"], result["message"]) for result in results]
 

@@ -12,8 +12,7 @@ from conformance.golden.model import draw_inputs, draw_weights
 from conformance.oracles import oracle_class, sequence_mistakes, sequence_models
 from conformance.oracles.equations.gnmt import GNMT
 from conformance.oracles.equations.rnn_search import RNNSearch
-from conformance.probes import PROBED_STEPS, at_module_boundaries, axis_sizes, step_of, word
-from conformance.suite import checks
+from conformance.probes import PROBED_STEPS, at_module_boundaries, axis_sizes, step_of
 
 FAMILIES = ("rnn_search", "gnmt")
 RECIPES = {recipe.name: recipe for family in FAMILIES for recipe in get(family).recipes}
@@ -193,46 +192,7 @@ def test_a_checkpoint_holds_the_references_parameters(recipe: Recipe) -> None:
     assert family_of(recipe).tensor_shapes(recipe.config) == ours
 
 
-@every_recipe
-def test_every_case_has_dropout_in_its_config(recipe: Recipe) -> None:
-    assert recipe.config.get("dropout", 0.0) > 0 or recipe.name.endswith("/field-absent")
-
-
-@every_recipe
-def test_decoder_ids_and_junk_are_of_the_target_vocabulary(recipe: Recipe) -> None:
-    """The target's junk is not the source's where the vocabularies differ in size."""
-    inputs = draw_inputs(recipe)
-    vocab = recipe.config.get("decoder_vocab_size") or recipe.config["vocab_size"]
-    assert inputs["decoder_input_ids"][:, 0].eq(recipe.config["decoder_start_token_id"]).all()
-    assert inputs["decoder_input_ids"].max() < vocab
-    if recipe.batch > 1:
-        assert set(inputs["decoder_padding_ids"].flatten().tolist()) <= set(range(vocab - max(2, vocab // 10), vocab))
-
-
-@every_recipe
-def test_claims_are_of_checks_that_exist_and_what_they_need_is_stored(recipe: Recipe) -> None:
-    needed = {"golden.loss": "loss", "golden.gradients": "gradients"}
-    assert set(recipe.claims) <= set(checks())
-    assert recipe.store - {"probes"} == {stored for check, stored in needed.items() if check in recipe.claims}
-
-
 # --- the probes -----------------------------------------------------------------------------------------------------
-
-
-@every_recipe
-def test_probes_are_in_order_have_words_and_lead_to_the_logits(recipe: Recipe) -> None:
-    specs = family_of(recipe).probes(recipe.config)
-    seen: set[str] = set()
-    for spec in specs:
-        assert word(spec.name)
-        assert set(spec.parents) <= seen, spec.name
-        assert len(set(spec.parents)) == len(spec.parents)
-        assert spec.name not in seen
-        seen.add(spec.name)
-    needed = {"logits"}
-    for spec in reversed(specs):
-        assert spec.name in needed
-        needed |= set(spec.parents)
 
 
 @every_recipe
