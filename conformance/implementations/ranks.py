@@ -187,7 +187,9 @@ class Ranks:
         self.ask(started, timeout=STARTUP)
 
     def end(self) -> None:
-        """Kill the processes."""
+        """Kill the processes, if they run."""
+        if not self.running:
+            return
         for process in self._processes:
             process.kill()
         for process in self._processes:

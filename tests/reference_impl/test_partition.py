@@ -61,7 +61,7 @@ def test_a_stage_must_be_one_of_the_split(stage: int) -> None:
 def test_each_stage_reads_its_own_tensors_alone(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(checkpoint)
     whole = dict(load_model(checkpoint).named_parameters())
-    parts, blocks = pipeline.anatomy(config), pipeline.number_of_blocks(config)
+    parts, blocks = pipeline.anatomy(config), pipeline.number_of_blocks(checkpoint)
     read: list[str] = []
     monkeypatch.setattr(
         pipeline, "load_weights", partial(load_weights, place=lambda name, x: (read.append(name), x)[1])
@@ -136,7 +136,7 @@ def test_fused_columns_are_laid_out_rank_by_rank() -> None:
 
 def test_key_value_heads_are_repeated_until_the_ranks_divide_them(tmp_path: Path) -> None:
     Case("mistral/plain").export(tmp_path / "case")  # H = 6, KV = 2
-    model = build(tmp_path, load_config(tmp_path / "case"), "eager")
+    model = build(tmp_path / "case", load_config(tmp_path / "case"), "eager")
     repeated = {ranks: tensor_parallel.layouts(model, ranks) for ranks in (2, 3, 6)}
     assert not repeated[2]
     for ranks, heads in ((3, 6), (6, 6)):
@@ -149,7 +149,7 @@ def test_key_value_heads_are_repeated_until_the_ranks_divide_them(tmp_path: Path
 
 def test_heads_must_be_shared_out_evenly(tmp_path: Path) -> None:
     Case("mistral/plain").export(tmp_path / "case")
-    model = build(tmp_path, load_config(tmp_path / "case"), "eager")
+    model = build(tmp_path / "case", load_config(tmp_path / "case"), "eager")
     with pytest.raises(ValueError, match="6 attention heads must be divisible by ranks=4"):
         tensor_parallel.layouts(model, 4)
 
