@@ -61,7 +61,7 @@ def test_a_stage_must_be_one_of_the_split(stage: int) -> None:
 def test_each_stage_reads_its_own_tensors_alone(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(checkpoint)
     whole = dict(load_model(checkpoint).named_parameters())
-    parts, blocks = pipeline.anatomy(config), pipeline.number_of_blocks(config)
+    parts, blocks = pipeline.anatomy(config), pipeline.number_of_blocks(checkpoint)
     read: list[str] = []
     monkeypatch.setattr(
         pipeline, "load_weights", partial(load_weights, place=lambda name, x: (read.append(name), x)[1])
