@@ -12,6 +12,10 @@ from typing import Any
 
 TOPICS = (
     "rotary",
+    "attention",
+    "masks",
+    "norms",
+    "feed_forward",
 )  # fmt: skip
 
 Replace = Callable[[Any], Any]
