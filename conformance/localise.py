@@ -41,7 +41,7 @@ def localise(judge: "Judge") -> Explanation:
     if judge.dtype == "float64":
         values, source = known_probes(case)
         alignment = _align_session(judge, values) if judge.plan else _align_forward(judge, values)
-        if any(f.status in ("matched", "permuted") for name, f in alignment.findings.items() if name != "logits"):
+        if _shows_its_work(alignment):
             return _describe(alignment, source), list(alignment.notes)
     if judge.plan:
         return None, []
@@ -95,6 +95,16 @@ def _align_session(judge: "Judge", values: dict[str, Tensor]) -> Alignment:
         if not bounds.within(error, "float64").passed:
             break
     return align(_probes(judge.case, values, rows), opening.tensors + recorder.tensors, result=logits)
+
+
+def _shows_its_work(alignment: Alignment) -> bool:
+    """Whether the candidate is torch code that was recorded: a probe was found, or most have rivals of their size.
+
+    Where the very first tensor is wrong, as an embedding of the wrong rows, no probe is found at all.
+    """
+    inside = [finding for name, finding in alignment.findings.items() if name != "logits"]
+    rivals = sum(finding.status == "unmatched" for finding in inside)
+    return rivals > len(inside) / 2 or any(finding.status in ("matched", "permuted") for finding in inside)
 
 
 def _describe(alignment: Alignment, source: str) -> dict[str, Any] | None:

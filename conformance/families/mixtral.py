@@ -138,6 +138,14 @@ def _recipes() -> tuple[Recipe, ...]:
             counterfactuals={"sliding_window ignored": distinct | {"sliding_window": None}},
         ),
         Recipe(
+            name="mixtral/large",
+            summary="a residual stream whose squares overflow float16: norms are computed in float32",
+            config=_config(),
+            weights="mixtral/plain",
+            scaled={"o_proj.weight": 256.0},
+            claims={"golden.logits": ("float64", "float16")},
+        ),
+        Recipe(
             name="mixtral/square",
             summary="all sizes equal, so that a wrong transpose loads without a shape error",
             config=square,

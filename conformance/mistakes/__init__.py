@@ -16,6 +16,8 @@ TOPICS = (
     "masks",
     "norms",
     "feed_forward",
+    "blocks",
+    "embeddings",
 )  # fmt: skip
 
 Replace = Callable[[Any], Any]
