@@ -34,8 +34,10 @@ from conformance.suite import checks
 #   raised           it did not run to the end: not a silent mistake, so that its death proves nothing
 #   survived         every claim of the family passed
 #   equivalent       declared equivalent, and no claim that could show it failed
+#   policy           the same of a mistake of precision: no output in float64 can, and lower budgets allow it
 #   not equivalent   declared equivalent, and killed
-GOOD = ("killed", "equivalent")
+DECLARED = ("equivalent", "policy")
+GOOD = ("killed", *DECLARED)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ def judge_mutant(mistake: Mistake, family: str, *, everything: bool = False) -> 
             break
     status = outcome.status
     if family in mistake.equivalent:
-        status = "equivalent" if status == "survived" else "not equivalent"
+        declared = "policy" if mistake.precision else "equivalent"
+        status = declared if status == "survived" else "not equivalent"
     kills = outcome.kills if everything else ()
     return replace(outcome, status=status, kills=kills, seconds=round(time.perf_counter() - started, 3))
 
@@ -249,7 +252,7 @@ def default_jobs() -> int:
 def line(mistake: str, outcomes: list[Outcome]) -> str:
     """One line of the table: a mistake, in how many of its families it is dead, by which checks, where localised."""
     good = sum(o.status in GOOD for o in outcomes)
-    equivalent = sum(o.status == "equivalent" for o in outcomes)
+    equivalent = sum(o.status in DECLARED for o in outcomes)
     by = list(dict.fromkeys(o.check for o in outcomes if o.status == "killed"))
     looked = [o.localised for o in outcomes if o.status == "killed" and o.localised is not None]
     verdict = f"{'killed' if good == len(outcomes) else 'PROBLEM':<8}{good}/{len(outcomes)}"

@@ -18,6 +18,8 @@ TOPICS = (
     "feed_forward",
     "blocks",
     "embeddings",
+    "experts",
+    "cache",
 )  # fmt: skip
 
 Replace = Callable[[Any], Any]

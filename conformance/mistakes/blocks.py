@@ -254,7 +254,7 @@ MISTAKES = (
         why="Each half has a norm.", shows="Everywhere.", fix="FeedForward(LN(h)).",
     ),
     entry(
-        "residual-halved", PRE_FAMILIES, each(PRE, rewired(halved)), STREAM,
+        "residual-halved", PRE_FAMILIES, each(PRE, rewired(halved)), (*STREAM, *NORMED),
         what="Sums are multiplied by √½, as ConvS2S does, or by 1/√(2 · layers), which GPT-2 applies to initial weights.",
         why="GPT-2's factor is for initialisation; a checkpoint has it inside.",
         shows="Everywhere.", fix="x + f(LN(x)).",
@@ -320,7 +320,8 @@ MISTAKES = (
         shows="Everywhere; nothing with one layer.", fix="[Block() for _ in range(n)].",
     ),
     entry(
-        "layer-last-missing", DECODERS, (on_model(blocks_changed(lambda blocks: blocks[:-1])),), ("logits", "final_norm", *STREAM),
+        "layer-last-missing", DECODERS, (on_model(blocks_changed(lambda blocks: blocks[:-1])),),
+        ("logits", "final_norm", *STREAM, *NORMED, *INNER),
         what="The last block is not run: range(n_layers − 1).",
         why="There are n.", shows="Everywhere; a session may complain first.", fix="All blocks.",
     ),

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from conformance.mistakes import Mistake, Swap
 from conformance.mistakes.groups import DECODERS, GPTS, LLAMAS, MODELS
 from conformance.mistakes.making import instead, on_model
-from reference_impl.nn import absolute_positions
+from conformance.mistakes.norms import READ
+from reference_impl.nn import absolute_positions, masks
 
 SINUSOID = "reference_impl.nn.absolute_positions:sinusoidal_positions"
 ANGLES = "reference_impl.nn.absolute_positions:sinusoid_angles"
@@ -68,15 +69,14 @@ def cosines_first(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def embedded(rule: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., Any]:
     """rule(embedding of the tokens, sinusoids, scale)."""
 
-    def make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def embed(self: Any, input_ids: Tensor, real: Tensor) -> Tensor:
-            tokens = self.embed_tokens(input_ids)
-            positions = original(self, input_ids, real) - tokens * self.scale
-            return rule(tokens, positions, self.scale)
+    def embed(self: Any, input_ids: Tensor, real: Tensor) -> Tensor:
+        tokens = self.embed_tokens(input_ids)
+        position_ids = masks.positions(real, num_queries=input_ids.shape[1])
+        layout = self.position_layout
+        positions = absolute_positions.sinusoidal_positions(position_ids, tokens.shape[-1], layout, tokens.dtype)
+        return rule(tokens, positions, self.scale)
 
-        return embed
-
-    return make
+    return instead(embed)
 
 
 _SINUSOIDS = (
@@ -461,7 +461,7 @@ _TABLES = (
         seen="common knowledge",
         swaps=(on_model(scaled_up),),
         killed_by=("golden.logits",),
-        touches=EMBEDDED,
+        touches=(*EMBEDDED, *READ),
     ),
     Mistake(
         id="head-input-scaled",
