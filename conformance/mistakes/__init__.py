@@ -20,6 +20,7 @@ TOPICS = (
     "embeddings",
     "experts",
     "cache",
+    "loading",
 )  # fmt: skip
 
 Replace = Callable[[Any], Any]
