@@ -21,6 +21,9 @@ TOPICS = (
     "experts",
     "cache",
     "loading",
+    "recurrent",
+    "sequence_attention",
+    "encoder_decoder",
 )  # fmt: skip
 
 Replace = Callable[[Any], Any]
