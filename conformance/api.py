@@ -22,15 +22,15 @@ def check(
     implementation: an object or function of the contract, or what a command line would name (`reference`, `mod:Obj`).
     Raises: ValueError for an unknown check or dtype, FixtureError for a damaged case.
     """
-    from conformance.implementation import DTYPES, adopt, resolve
+    from conformance.implementation import DTYPES, EXACT, adopt, resolve
     from conformance.judge import Judge, judge
     from conformance.suite import checks
 
     known = checks()
     if check not in known:
         raise ValueError(f"unknown check {check!r}; there is {', '.join(known)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; there is {', '.join(DTYPES)}")
+    if dtype not in (*DTYPES, EXACT):
+        raise ValueError(f"unknown dtype {dtype!r}; there is {', '.join((*DTYPES, EXACT))}")
     found = resolve(implementation) if isinstance(implementation, str) else adopt("", implementation)
     case = Case(case) if isinstance(case, str) else case
     return judge(known[check], Claim(case.name, check, dtype), lambda: Judge(found, case, dtype, device))

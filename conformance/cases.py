@@ -4,9 +4,11 @@ A case is a directory `fixtures/<family>/<case>/`:
 
     config.json            the configuration, in Hugging Face's own keys (both spellings of the rotary parameters)
     model.safetensors      weights under hub names, float32, exact in bfloat16; tensors that an earlier case of the
-                           family stores already are left out and listed in provenance.json under "shared"
-    inputs.safetensors     token ids, lengths, positions
-    expected.safetensors   float64 truth: logits, block outputs, and where the family stores them probes and gradients
+                           family stores already are left out and listed in provenance.json under "shared";
+                           of a tokenizer, its files by name, each as a tensor of bytes
+    inputs.safetensors     token ids, lengths, positions; of a tokenizer, texts in UTF-8, each ended by the byte 0xFF
+    expected.safetensors   float64 truth: logits, block outputs, and where the family stores them probes and gradients;
+                           of a tokenizer, rows of ids, each ended by -1
     provenance.json        recipe, versions, the oracle's own error per dtype, what the golden was checked against
 
 `fixtures/MANIFEST.json` holds the SHA-256 and size of every file and the claims of every case.  A fixture that is
@@ -82,6 +84,21 @@ class Manifest:
             raise FixtureError(f"{path}: states {stated} claims but lists {counted}")
         self.sha256 = hashlib.sha256(text).hexdigest()
 
+    def adopt(self, directory: Path) -> str:
+        """Take a self-contained case into this manifest, for as long as it lives; returns the case's name.
+
+        directory: as `Case.export` writes it; its provenance.json says name and claims.
+        Raises: FixtureError if it is no such case.
+        """
+        provenance = Case(directory).provenance
+        name, claims = provenance.get("recipe"), provenance.get("claims")
+        if not isinstance(name, str) or name.count("/") != 1 or not isinstance(claims, dict):
+            raise FixtureError(
+                f"{directory / 'provenance.json'}: says neither recipe nor claims; `conformance export` writes both"
+            )
+        self.cases[name] = {"claims": claims, "directory": directory}
+        return name
+
     def claims(self) -> Iterator[Claim]:
         """Every claim, in the manifest's order."""
         for case, entry in self.cases.items():
@@ -143,8 +160,10 @@ class Case:
             if name not in self.manifest.cases:
                 where = self.manifest.directory
                 raise FixtureError(f"no case {name!r} in {where}; `conformance list cases` shows them")
-            self.name, self.directory = name, self.manifest.directory / name
-            verify_files(self.directory, self.manifest.cases[name]["files"])
+            entry = self.manifest.cases[name]
+            self.name, self.directory = name, entry.get("directory", self.manifest.directory / name)
+            if "directory" not in entry:
+                verify_files(self.directory, entry["files"])
 
     def __repr__(self) -> str:
         return f"Case({self.name!r})"
@@ -195,6 +214,11 @@ class Case:
             weights |= {name: stored[name] for name, home in self.shared.items() if home == source}
         return dict(sorted(weights.items()))
 
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        """A tokenizer's files by name; each is stored among the weights, as a tensor of bytes."""
+        return {name: tensor.numpy().tobytes() for name, tensor in self.weights.items() if "tokenizer" in self.config}
+
     @property
     def shared(self) -> dict[str, str]:
         """Tensors that another case stores: hub name -> that case."""
@@ -223,14 +247,33 @@ class Case:
 
     def export(self, directory: Path) -> None:
         """Write the case as a complete Hugging Face checkpoint, with inputs and expected values beside it."""
+        claims = self.manifest.cases[self.name]["claims"] if self.manifest else self.provenance.get("claims", {})
+        provenance = {**self.provenance, "claims": claims}
+        self.write(directory, self.config, self.weights, self.inputs, self.expected, provenance)
+        for name, content in self.files.items():
+            (directory / name).write_bytes(content)
+
+    @staticmethod
+    def write(
+        directory: Path,
+        config: dict[str, Any],
+        weights: "dict[str, Tensor]",
+        inputs: "dict[str, Tensor]",
+        expected: "dict[str, Tensor]",
+        provenance: dict[str, Any],
+    ) -> None:
+        """Write a self-contained case, which `Manifest.adopt` takes.
+
+        provenance: says at least "recipe" (its name), "claims" (check -> dtypes), "oracle_error" and "movement".
+        """
         from safetensors.torch import save_file
 
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "config.json", self.config)
-        save_file(self.weights, directory / "model.safetensors", metadata={"format": "pt"})
-        save_file(self.inputs, directory / "inputs.safetensors")
-        save_file(self.expected, directory / "expected.safetensors")
-        write_json(directory / "provenance.json", {**self.provenance, "shared": {}})
+        write_json(directory / "config.json", config)
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(inputs, directory / "inputs.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in expected.items()}, directory / "expected.safetensors")
+        write_json(directory / "provenance.json", {**provenance, "shared": {}})
 
     def _json(self, file: str) -> dict[str, Any]:
         try:

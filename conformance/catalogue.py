@@ -5,7 +5,7 @@ import inspect
 import re
 
 from conformance.cases import Manifest
-from conformance.families import FAMILIES, MODELS, Component, ComponentRecipe, Family, Recipe, Value, get
+from conformance.families import FAMILIES, MODELS, Component, Family, Recipe, Tokenizer, Value, get
 from conformance.probes import VOCABULARY, any_layer, word
 
 Rows = list[tuple[str, str]]
@@ -79,6 +79,8 @@ def _family(name: str) -> str:
     family = get(name)
     if isinstance(family, Component):
         return _component(family)
+    if isinstance(family, Tokenizer):
+        return _tokenizer(family)
     lines = [
         f"{name}: {family.title}",
         f"Source: {family.paper}",
@@ -110,13 +112,24 @@ def _component(component: Component) -> str:
     return "\n".join([*lines, "", f"    conformance run my_file.py:{component.name} --family {component.name}"])
 
 
+def _tokenizer(tokenizer: Tokenizer) -> str:
+    """The contract of a tokenizer: what an implementation is given, and what it must answer."""
+    from conformance.families.texts import CONTRACT
+
+    lines = [f"{tokenizer.name}: {tokenizer.title}", f"Source: {tokenizer.paper}", f"Oracle: {tokenizer.oracle}"]
+    lines += [tokenizer.rules.rstrip(), "", CONTRACT.strip("\n"), "", "Fields:"]
+    lines += [f"  {f.name:<22} default {f.default:<10} {f.meaning}" for f in tokenizer.fields]
+    lines += ["", "Cases:"] + [f"  {r.name:<42} {r.summary}" for r in tokenizer.recipes]
+    return "\n".join([*lines, "", f"    conformance run my_tokenizer.py:load --family {tokenizer.name}"])
+
+
 def _shape(value: Value) -> str:
     return "setting" if value.axes is None else f"({', '.join(value.axes.split())})"
 
 
 def _case(name: str) -> str:
     recipe = next(r for r in get(name.split("/")[0]).recipes if r.name == name)
-    size = [] if isinstance(recipe, ComponentRecipe) else [_size(recipe)]
+    size = [_size(recipe)] if isinstance(recipe, Recipe) else []
     lines = [f"{name}: {recipe.summary}", *size, "", "Claims:"]
     lines += [f"  {check:<24} {', '.join(dtypes)}" for check, dtypes in Manifest().cases[name]["claims"].items()]
     if recipe.counterfactuals:
@@ -128,7 +141,8 @@ def _case(name: str) -> str:
 
 def _size(recipe: Recipe) -> str:
     decoded = "" if recipe.target is None else f", {recipe.target} decoded"
-    return f"Batch {recipe.batch}, sequence {recipe.seq}{decoded}."
+    pieces = f", fed in segments of {', '.join(map(str, recipe.segments))}" if recipe.segments else ""
+    return f"Batch {recipe.batch}, sequence {recipe.seq}{decoded}{pieces}."
 
 
 def _check(name: str, documentation: str) -> str:
@@ -158,7 +172,7 @@ def _fields(identifier: str) -> str | None:
     return "\n\n".join(lines) or None
 
 
-def field_cases(family: Family | Component, field: str) -> list[str]:
+def field_cases(family: Family | Component | Tokenizer, field: str) -> list[str]:
     """The field cases that move a config field."""
     return [r.name for r in family.recipes if r.field and field in re.split(r"\W+", r.field)]
 

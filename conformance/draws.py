@@ -29,6 +29,13 @@ def integers(label: str, count: int, low: int, high: int) -> "Tensor":
     return ((words[:, 0] + 256 * words[:, 1]) * (high - low + 1) >> 16) + low
 
 
+def few_integers(label: str, count: int, low: int, high: int) -> list[int]:
+    """The same as a list, without torch."""
+    stream = hashlib.shake_256(label.encode()).digest(2 * count)
+    words = (stream[at] + 256 * stream[at + 1] for at in range(0, 2 * count, 2))
+    return [(word * (high - low + 1) >> 16) + low for word in words]
+
+
 def uniform(label: str, shape: Sequence[int], deviation: float, mean: float = 0.0) -> "Tensor":
     """A float32 tensor, uniform around `mean` with about the given standard deviation.
 

@@ -5,7 +5,7 @@ An implementation is any object with `name`, `families` and `load(checkpoint)`; 
 (batch, seq, vocab), or a dict with "logits" and optionally those of `LOSSES`.  Only arguments that it declares are
 passed.  An encoder–decoder model takes `decoder_input_ids`, and perhaps `decoder_attention_mask`, too: its logits
 belong to these.
-Optional attributes, each declared by its presence: `session(**source)`, `parameters`.
+Optional attributes, each declared by its presence: `session(**source)`, `packed(input_ids, lengths)`, `parameters`.
 """
 
 import copy
@@ -38,6 +38,8 @@ BUILT_IN = {
 # What a model may return beside its logits: the whole loss, and what a router adds to it (before its coefficient).
 LOSSES = ("loss", "aux_loss", "z_loss")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+# The dtype of a claim about ids and text.
+EXACT = "exact"
 
 
 class Unsupported(Exception):
@@ -51,7 +53,7 @@ class CannotResolve(ValueError):
 class Misbehaviour(Exception):
     """A candidate's answer that is wrong in kind, not in value: shape, dtype, type, NaN.
 
-    kind: "shape", "dtype", "type", "not finite".
+    kind: "shape", "dtype", "type", "not finite", "signature", "input changed", "state grows".
     """
 
     def __init__(self, kind: str, message: str):
@@ -177,6 +179,8 @@ class Checkpoint:
     config: the content of config.json.
     dtype, device: what the model must run in and on.
     tensors(): hub name -> weight in that dtype on that device, fresh copies.
+
+    A tokenizer's directory holds its files (`files`, by name) instead of weights.
     """
 
     def __init__(
@@ -185,6 +189,7 @@ class Checkpoint:
         weights: "dict[str, Tensor]",
         dtype: "torch.dtype",
         device: "torch.device",
+        files: Mapping[str, bytes] | None = None,
     ):
         self.config, self.dtype, self.device = copy.deepcopy(config), dtype, device
         from safetensors.torch import save_file
@@ -197,7 +202,10 @@ class Checkpoint:
         self.path = Path(tempfile.mkdtemp(prefix="conformance-checkpoint-", dir=os.environ.get("CONFORMANCE_SCRATCH")))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         write_json(self.path / "config.json", self.config)
-        save_file(weights, self.path / "model.safetensors", metadata={"format": "pt"})
+        if files is None:
+            save_file(weights, self.path / "model.safetensors", metadata={"format": "pt"})
+        for name, content in (files or {}).items():
+            (self.path / name).write_bytes(content)
 
     def tensors(self) -> "dict[str, Tensor]":
         return {
@@ -277,6 +285,18 @@ class Candidate:
         with running("model.session()"):
             return Session(self, self.model.session(**{k: v.clone().to(self.device) for k, v in source.items()}))
 
+    def packed(self, input_ids: "Tensor", lengths: "Tensor") -> "Tensor":
+        """Logits (1, tokens, vocab) of texts of these lengths, one behind the other in the one row of `input_ids`.
+
+        Raises: Unsupported if the model has no `packed`.
+        """
+        if not hasattr(self.model, "packed"):
+            raise Unsupported("the model has no packed()")
+        self.calls += 1
+        with running("model.packed(…)"):
+            returned = self.model.packed(input_ids.clone().to(self.device), lengths.clone().to(self.device))
+        return self._normalise(returned, tuple(input_ids.shape)).logits
+
     def _normalise(self, returned: Any, shape: tuple[int, ...]) -> Output:
         import torch
 
@@ -343,6 +363,19 @@ class Session:
             returned = self.session.feed(input_ids.clone().to(self.candidate.device), **passed)
         # An engine may return the same buffer again and again
         return self.candidate._normalise(returned, tuple(input_ids.shape)).logits.clone()
+
+    def state_bytes(self) -> int:
+        """Memory that the session says it holds, in bytes.
+
+        Raises: Unsupported if it has no `state_bytes`.
+        """
+        if not hasattr(self.session, "state_bytes"):
+            raise Unsupported("the session has no state_bytes()")
+        with running("session.state_bytes()"):
+            size = self.session.state_bytes()
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise Misbehaviour("type", f"state_bytes() returned {size!r}, wanted a number of bytes")
+        return size
 
 
 def load(implementation: Implementation, case: "Case", dtype: str, device: str) -> Candidate:

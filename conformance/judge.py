@@ -17,7 +17,7 @@ from torch import Tensor
 from conformance import bounds
 from conformance.cases import Case, Claim, FixtureError
 from conformance.component import ComponentCandidate
-from conformance.families import Component, get
+from conformance.families import Component, Tokenizer, get
 from conformance.implementation import (
     CandidateRaised,
     Implementation,
@@ -27,6 +27,7 @@ from conformance.implementation import (
     precision,
 )
 from conformance.report.model import FORWARD
+from conformance.tokenizer import TokenizerCandidate
 
 # Where the frames lie that a candidate's traceback can do without.
 _NOT_THE_CANDIDATE = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
@@ -79,10 +80,11 @@ class Result:
 class Failure(Exception):
     """The candidate's values are wrong.
 
+    judgement: None for ids and text, which are right or wrong.
     details: where.  equals: label of the known wrong answer that the values reproduce, if one does.
     """
 
-    def __init__(self, message: str, judgement: bounds.Judgement, details: list[str], equals: str | None):
+    def __init__(self, message: str, judgement: bounds.Judgement | None, details: list[str], equals: str | None):
         super().__init__(message)
         self.judgement, self.details, self.equals = judgement, details, equals
 
@@ -90,7 +92,9 @@ class Failure(Exception):
 class Judge:
     """What a check works with: the case, the loaded candidate, and comparison against the truth.
 
-    candidate: the loaded model (`implementation.Candidate`) or component (`component.ComponentCandidate`).
+    candidate: the loaded model (`implementation.Candidate`), component (`component.ComponentCandidate`) or tokenizer
+        (`tokenizer.TokenizerCandidate`).
+    forward: the plainest check of its kind; when that fails, others do.
     worst: the largest error that the check at hand has met.
     plan: sizes of the calls that it fed a session, when that can be replayed for localisation.
     forward_is_right: what `golden.logits` came to in this dtype, once it has been judged.
@@ -100,12 +104,14 @@ class Judge:
         self.implementation, self.case, self.dtype, self.device = implementation, case, dtype, device
         case.read()
         family = get(case.family)
-        self.is_component = isinstance(family, Component)
-        self.candidate: Any = (
-            ComponentCandidate(implementation, family, case, dtype, device)
-            if self.is_component
-            else load(implementation, case, dtype, device)
-        )
+        of_model, of_component, of_tokenizer = FORWARD
+        self.candidate: Any
+        if isinstance(family, Component):
+            self.forward, self.candidate = of_component, ComponentCandidate(implementation, family, case, dtype, device)
+        elif isinstance(family, Tokenizer):
+            self.forward, self.candidate = of_tokenizer, TokenizerCandidate(implementation, case)
+        else:
+            self.forward, self.candidate = of_model, load(implementation, case, dtype, device)
         self.forward_is_right: bool | None = None
         self.begin()
 
@@ -208,10 +214,10 @@ def _explain(session: Judge, result: Result) -> None:
     """Say where the first wrong tensor is.  Never changes the verdict."""
     from conformance.localise import localise
 
-    forward = FORWARD[session.is_component]
+    forward = session.forward
     if result.claim.check != forward and session.forward_is_right is False:
         result.notes.append(f"{forward} fails as well; see there first")
-    elif session.is_component:
+    elif forward != FORWARD[0]:  # a component or tokenizer: there is nothing inside to look at
         return
     elif result.claim.check == forward or session.plan:
         try:
@@ -219,7 +225,9 @@ def _explain(session: Judge, result: Result) -> None:
         except Exception as error:
             result.notes.append(f"not localised: {type(error).__name__}: {error}")
     elif session.forward_is_right and result.claim.check != "golden.blocks":
-        result.notes.append(f"{forward} passes: the same rows are right without {result.claim.check.split('.')[1]}")
+        group, _, what = result.claim.check.partition(".")
+        what = "packing" if group == "packed" else what
+        result.notes.append(f"{forward} passes: the same rows are right without {what}")
 
 
 def _raised(claim: Claim, raised: CandidateRaised) -> Result:

@@ -16,6 +16,7 @@ from conformance import bounds
 from conformance.align import Alignment, Probe, align
 from conformance.families import Config, get
 from conformance.implementation import load_checkpoint
+from conformance.probes import step_of
 from conformance.record import Recorder
 
 if TYPE_CHECKING:
@@ -66,12 +67,13 @@ def known_probes(case: "Case") -> tuple[dict[str, Tensor], str]:
 
 
 def _probes(case: "Case", values: dict[str, Tensor], rows: slice = slice(None)) -> list[Probe]:
-    """The case's probes for some rows of the sequence; keys reach back to the first row."""
+    """The case's probes for some rows of the sequence; keys reach back to the first row, steps are among the rows."""
     cut = {"seq": rows, "key": slice(0, rows.stop)}
+    computed = {None, *range(*rows.indices(case.ids.shape[1]))}
     return [
         Probe(spec.name, values[spec.name][tuple(cut.get(axis, slice(None)) for axis in spec.axes)].contiguous(),
-              spec.axes, spec.parents)
-        for spec in get(case.family).probes(case.config)
+              spec.axes, tuple(parent for parent in spec.parents if step_of(parent) in computed))
+        for spec in get(case.family).probes(case.config) if step_of(spec.name) in computed
     ]  # fmt: skip
 
 

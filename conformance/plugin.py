@@ -112,6 +112,7 @@ class Run:
         if self.is_xdist_worker:
             self.description = json.loads(config.workerinput["conformance_description"])  # type: ignore[attr-defined]
         self.selected: list[Claim] = []
+        self.directories: dict[str, str] = {}  # the cases that were given as directories
         self.results: dict[str, dict[str, Any]] = {}
         self.expected: set[str] = set()
         self.problem: str | None = None
@@ -156,8 +157,13 @@ class Run:
         """The claims to judge.  What is wrong with the question is said before the implementation is imported."""
         option = {what: self.config.getoption(f"conformance_{what}") for what in _SELECTION}
         manifest = Manifest()
+        given = [Path(case) for case in option["case"] if Path(case, "provenance.json").is_file()]
+        self.directories = {manifest.adopt(directory): str(directory.resolve()) for directory in given}
+        if len(self.directories) < len(given):
+            raise ValueError(f"two of the cases {', '.join(map(str, given))} have the same name; judge them apart")
+        named = [case for case in option["case"] if Path(case) not in given]
         asked = manifest.select(
-            families=option["family"], cases=option["case"], checks=option["check"], dtypes=option["dtype"]
+            families=option["family"], cases=[*named, *self.directories], checks=option["check"], dtypes=option["dtype"]
         )
         if not asked:
             wanted = ", ".join(f"{what} {' or '.join(values)}" for what, values in option.items() if values)
@@ -246,6 +252,12 @@ class Run:
 
     def judge(self, claim: Claim) -> dict[str, Any]:
         """The result of one claim, whatever happens to the worker."""
+        result = self._judge(claim)
+        if directory := self.directories.get(claim.case):
+            result["directory"] = directory
+        return result
+
+    def _judge(self, claim: Claim) -> dict[str, Any]:
         from conformance.report.model import died, not_run
         from conformance.worker import Died
 
@@ -253,7 +265,10 @@ class Run:
             return not_run(claim, f"not run: {len(self.hung)} claims in a row were timeouts")
         if self.hung.count(claim.case) >= HANGS_OF_CASE:
             return not_run(claim, f"not run: {HANGS_OF_CASE} claims of this case in a row were timeouts")
-        answer = self.worker.request(self.timeout, op="judge", case=claim.case, check=claim.check, dtype=claim.dtype)
+        answer = self.worker.request(
+            self.timeout, op="judge", case=claim.case, check=claim.check, dtype=claim.dtype,
+            directory=self.directories.get(claim.case),
+        )  # fmt: skip
         if isinstance(answer, Died):
             self.hung = [*self.hung, claim.case] if answer.outcome == "timeout" else []
             return died(claim, answer, self.timeout)

@@ -2,8 +2,9 @@
 
 A checkpoint of a published model has exactly these tensors; a port that builds fewer or more parameters has misread a
 size (a feed-forward width rounded the wrong way, a bias left out, a head that should be tied).  The counts are those of
-Hugging Face's classes (GPT-3, which it lacks: of its GPT-2 at GPT-3's sizes), with which the reference agrees name by
-name (`tests/conformance/test_sizes.py`).
+Hugging Face's classes (GPT-3, which it lacks: of its GPT-2 at GPT-3's sizes; Transformer-XL, which it dropped: of
+4.35.2), with which the reference agrees name by name (`tests/conformance/test_sizes.py`, and for Transformer-XL
+`test_transformer_xl_oracle.py`, where a release that has it is installed).
 
 A new model is one more entry; a config holds the keys that differ from the family's defaults or that the paper states.
 """
@@ -20,7 +21,8 @@ class Published:
     name: as its authors call it.
     family: the family of this suite; its config.json is `config`.
     parameters: how many numbers the model learns, a tied table counted once.
-    printed: the figure that the authors print, with their precision: "6.7B".  They round or cut.
+    printed: the figure that the authors print, with their precision: "6.7B".  They round or cut.  None: they print none
+        that the count meets.
     contradicted: figures that the authors print elsewhere and that the count does not meet.
     omitted: parameters that the printed figure leaves out, by name.
     source: where sizes and figure stand.
@@ -30,7 +32,7 @@ class Published:
     family: str
     config: Mapping[str, Any]
     parameters: int
-    printed: str
+    printed: str | None
     contradicted: tuple[str, ...] = ()
     omitted: tuple[str, ...] = ()
     source: str
@@ -137,6 +139,48 @@ _PHI_1 = "Gunasekar et al. 2023, arXiv:2306.11644, section 2.3; vocabulary from 
 _PHI_15 = "Li et al. 2023, arXiv:2309.05463, section 2.1; vocabulary from the config.json of microsoft/phi-1_5"
 _PHI_2 = "Microsoft Research, 12 December 2023, blog and the config.json of microsoft/phi-2"
 
+_XL_STANDARD = {
+    "model_type": "transfo-xl",
+    "vocab_size": 267735,
+    "cutoffs": [20000, 40000, 200000],
+    "d_model": 410,
+    "d_embed": 410,
+    "div_val": 1,
+    "n_layer": 16,
+    "n_head": 10,
+    "d_head": 41,
+    "d_inner": 2100,
+    "untie_r": False,
+}
+_XL_LARGE = _XL_STANDARD | {
+    "d_model": 1024,
+    "d_embed": 1024,
+    "div_val": 4,
+    "n_layer": 18,
+    "n_head": 16,
+    "d_head": 64,
+    "d_inner": 4096,
+    "untie_r": True,
+}
+# The published weights of the large model, transfo-xl-wt103 on the hub, are 285 million numbers.  Table 1 prints 257M
+# and says not of what; with 16 of the 18 layers the model would have 257,919,818.
+_XL = "figure: Dai et al. 2019, arXiv:1901.02860, table 1; sizes: "
+# Every second layer is sparse.  The released weights have feed-forward layers of two matrices, 4 · d_model wide.
+_SWITCH_BASE = {
+    "model_type": "switch_transformers",
+    "vocab_size": 32128,
+    "d_model": 768,
+    "d_kv": 64,
+    "d_ff": 3072,
+    "num_heads": 12,
+    "num_layers": 12,
+    "num_decoder_layers": 12,
+    "num_sparse_encoder_layers": 6,
+    "num_sparse_decoder_layers": 6,
+    "num_experts": 128,
+}
+_SWITCH = "sizes: config.json of google/switch-base-128; figure: Fedus et al. 2021, arXiv:2101.03961, table 9"
+
 PUBLISHED: tuple[Published, ...] = (
     Published(name="GPT", family="gpt", config=_gpt("openai-gpt", 40478, 512, 768, 12, 12),
               parameters=116_534_784, printed="117M", source=_GPT),
@@ -175,4 +219,10 @@ PUBLISHED: tuple[Published, ...] = (
               parameters=1_418_270_720, printed="1.3B", omitted=_ONE_TABLE, source=_PHI_15),
     Published(name="Phi-2", family="phi", config=_phi(2560, 32, 0.4),
               parameters=2_779_683_840, printed="2.7B", source=_PHI_2),
+    Published(name="Transformer-XL Standard", family="transformer_xl", config=_XL_STANDARD, parameters=151_107_538,
+              printed="151M", source=_XL + "pytorch/run_wt103_base.sh of kimiyoung/transformer-xl"),
+    Published(name="Transformer-XL Large", family="transformer_xl", config=_XL_LARGE, parameters=285_205_322,
+              printed=None, contradicted=("257M",), source=_XL + "config.json of transfo-xl/transfo-xl-wt103"),
+    Published(name="Switch-Base", family="switch_transformer", config=_SWITCH_BASE,
+              parameters=7_415_217_408, printed="7B", source=_SWITCH),
 )  # fmt: skip

@@ -24,6 +24,7 @@ import tempfile
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NoReturn
 
 STARTUP_TIMEOUT = 300.0
@@ -173,13 +174,14 @@ class Server:
         self._implementation: Any = None
         self._manifest: Any = None
         self._case: Any = None
+        self._loaded: tuple[str, str | None] | None = None
         self._judges: dict[str, Any] = {}
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
-        """{"op": "describe"} or {"op": "judge", "case", "check", "dtype"}: the implementation or the result."""
+        """{"op": "describe"} or {"op": "judge", "case", "check", "dtype", …}: the implementation or the result."""
         if message["op"] == "describe":
             return self._describe()
-        return self._judge(message["case"], message["check"], message["dtype"])
+        return self._judge(message["case"], message["check"], message["dtype"], message.get("directory"))
 
     def implementation(self) -> Any:
         from conformance.implementation import resolve
@@ -201,16 +203,20 @@ class Server:
                     "traceback": traceback.format_exc()}  # fmt: skip
         return {"implementation": described, "environment": environment()}
 
-    def _judge(self, case_name: str, check: str, dtype: str) -> dict[str, Any]:
+    def _judge(self, case_name: str, check: str, dtype: str, directory: str | None) -> dict[str, Any]:
+        """directory: where a case lies that is not in the manifest."""
         from conformance.cases import Case, Claim, FixtureError, Manifest
         from conformance.judge import Judge, judge
         from conformance.suite import checks
 
         def prepare() -> Judge:
-            if self._case is None or self._case.name != case_name:
+            if self._loaded != (case_name, directory):
                 self._judges.clear()
                 self._manifest = self._manifest or Manifest()
+                if directory is not None:
+                    self._manifest.adopt(Path(directory))
                 self._case = Case(case_name, self._manifest)
+                self._loaded = case_name, directory
             if dtype not in self._judges:
                 self._judges[dtype] = Judge(self.implementation(), self._case, dtype, self.device)
             return self._judges[dtype]  # type: ignore[no-any-return]

@@ -50,10 +50,10 @@ def typed(field: Field[Any], value: Any) -> Any:
     return value
 
 
-def require_positive(config: Any) -> None:
-    """Raises ValueError if a number among the fields is not greater than 0."""
+def require_positive(config: Any, *, but: tuple[str, ...] = ()) -> None:
+    """Raises ValueError if a number among the fields, but for those named in `but`, is not greater than 0."""
     for name, value in asdict(config).items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+        if name not in but and isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
             raise ValueError(f"{name}={value} must be greater than 0")
 
 

@@ -33,8 +33,22 @@ COMPONENTS = (
     "sparse_moe",
     "switch_ffn",
 )
-MODELS = ("transformer", "gpt", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi")
-FAMILIES = (*COMPONENTS, *MODELS)
+TOKENIZERS = ("sentencepiece_bpe", "byte_level_bpe")
+MODELS = (
+    "rnn_search",
+    "gnmt",
+    "transformer",
+    "gpt",
+    "transformer_xl",
+    "gpt2",
+    "gpt3",
+    "switch_transformer",
+    "llama",
+    "mistral",
+    "mixtral",
+    "phi",
+)
+FAMILIES = (*COMPONENTS, *TOKENIZERS, *MODELS)
 
 Config = dict[str, Any]
 
@@ -50,9 +64,11 @@ class Recipe:
     batch, seq: shape of the token ids; of an encoder–decoder model, of the encoder's.
     target: length of the decoder's token ids; of encoder–decoder models only.
     input_ids: the token ids themselves, where drawn ones would not do.
+    segments: lengths of the pieces that the ids are fed in, of models whose memory makes that a difference.
     claims: check -> dtypes.
     store: what the golden keeps beside logits and block outputs: "probes",
-        "gradients", "blocks", "positions", "loss", "auxiliary" (the losses that a router adds).
+        "gradients", "blocks", "positions", "loss", "auxiliary" (the losses that a router adds),
+        "segment_gradients" (those of the last segment's loss).
     last_rows: compare (and store) only so many last rows of the sequence.
     scaled: ending of a weight's name -> power of two that it is multiplied by, for cases that stress a dtype's range.
     field: the config field that a field case moves, with counterfactuals: label -> the configuration a candidate
@@ -67,6 +83,7 @@ class Recipe:
     seq: int = 11
     target: int | None = None
     input_ids: tuple[tuple[int, ...], ...] | None = None
+    segments: tuple[int, ...] = ()
     claims: Mapping[str, tuple[str, ...]]
     store: frozenset[str] = frozenset()
     last_rows: int | None = None
@@ -106,9 +123,11 @@ class Family:
     double_settings: the same at true double precision only (a guard that insists on torch.float32 switched off, …).
     oracle_kernels: the attention kernels of the oracle, whose spread in a working dtype is its own error.
     oracle_class: "module:Class" of what runs the oracle, a `HuggingFace`.
+    oracle_requires: the releases of transformers that have the oracle and that its class knows; None: it needs none.
     layers_key, positions_key: what config.json calls the number of blocks and the end of the context.
     module_kinds: name of a weight's module -> what kind of weight it is (`conformance.draws.KINDS`), for modules whose
         names do not say it.
+    copies: name of a tensor -> of the one that it repeats, for what a checkpoint holds twice.
     """
 
     name: str
@@ -129,9 +148,11 @@ class Family:
     double_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     oracle_kernels: tuple[str, ...] = ("eager", "sdpa")
     oracle_class: str = "conformance.oracles.hugging_face:HuggingFace"
+    oracle_requires: str | None = "transformers>=5.18,<6"
     layers_key: str = "num_hidden_layers"
     positions_key: str = "max_position_embeddings"
     module_kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,8 +235,61 @@ class Component:
         return frozenset(name for recipe in self.recipes for name in recipe.weights)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecipe:
+    """How one case of a tokenizer is made.
+
+    settings: what config.json and the tokenizer's files say.
+    vocabulary: label of the vocabulary, as the family knows it.
+    texts: group -> texts that are encoded; the check of a group has its name.
+    tokens: group -> rows of tokens by name, beside those of the texts, that are decoded.
+    disputed: groups in which the family's second oracle is known to differ.
+    claims, field, counterfactuals: as in Recipe (label -> settings); the one dtype of claims is "exact".
+    """
+
+    name: str
+    summary: str
+    settings: Config
+    vocabulary: str
+    texts: Mapping[str, tuple[str, ...]]
+    tokens: Mapping[str, tuple[tuple[str, ...], ...]] = dataclasses.field(default_factory=dict)
+    disputed: frozenset[str] = frozenset()
+    claims: Mapping[str, tuple[str, ...]]
+    field: str | None = None
+    counterfactuals: Mapping[str, Config] = dataclasses.field(default_factory=dict)
+    last_rows: None = None
+
+    @property
+    def config(self) -> Config:
+        return self.settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """A way to turn text into ids and back.
+
+    rules: what it does, in a few lines.
+    oracle: what decides, for people.
+    files: vocabulary, settings -> the files that a candidate is given, by name, all saying the same.
+    truth, second: the files -> the oracle, and one that must agree where nothing is disputed (None: there is none).
+    comes_back_as: character -> what `decode` gives for it, where that is not the character itself.
+    """
+
+    name: str
+    title: str
+    paper: str
+    rules: str
+    oracle: str
+    recipes: tuple[TokenizerRecipe, ...]
+    files: Callable[[str, Config], dict[str, bytes]]
+    truth: Callable[[dict[str, bytes]], Any]
+    second: Callable[[dict[str, bytes]], Any] | None = None
+    fields: tuple[ConfigField, ...] = ()
+    comes_back_as: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
 def get(name: str) -> Any:
-    """The Family or Component called `name`.  Raises: ValueError naming those there are."""
+    """The Family, Component or Tokenizer called `name`.  Raises: ValueError naming those there are."""
     if name not in FAMILIES:
         raise ValueError(f"unknown family {name!r}; there is {', '.join(FAMILIES)}")
     return import_module(f"conformance.families.{name}").FAMILY

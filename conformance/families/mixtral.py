@@ -94,7 +94,7 @@ _UNBALANCED_IDS = (
 def _field(field: str, label: str, changes: dict[str, Any], *, also: dict[str, Config] | None = None) -> Recipe:
     config = _config(**changes)
     recipe = field_case("mixtral", field, label, config, _config(), tensor_shapes, also=also)
-    return replace(recipe, weights=_PLAIN, claims=_MODEST)
+    return replace(recipe, weights=_PLAIN, claims={**recipe.claims, **_MODEST})
 
 
 _LINEAR = {"rope_type": "linear", "rope_theta": _DEFAULT_THETA, "factor": 4.0}
@@ -133,8 +133,8 @@ def _recipes() -> tuple[Recipe, ...]:
             summary="everything at once: all sizes different, 2 of 5 experts, a window, grouped queries, scaling",
             config=distinct,
             weights="mixtral/distinct",
-            claims=_FULL,
-            store=frozenset({"probes", "gradients", "blocks", "positions", "loss"}),
+            claims=_FULL | {"golden.auxiliary_losses": ("float64",)},
+            store=frozenset({"probes", "gradients", "blocks", "positions", "loss", "auxiliary"}),
             counterfactuals={"sliding_window ignored": distinct | {"sliding_window": None}},
         ),
         Recipe(

@@ -2,12 +2,13 @@
 
 `make` writes a case only if it deserves to be one (see `model.derive`).  `verify` rebuilds every case and compares:
 recipe, configuration, weights and inputs byte for byte, expected values to 1e-13, the oracle's own error to a factor
-of 2.  Both need transformers and reference_impl.
+of 2.  Both need transformers, of a release that has the family's model, and reference_impl.
 """
 
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from torch import Tensor
 
 from conformance import bounds
 from conformance.cases import Case, Manifest, file_entries, verify_files, write_json, write_manifest
-from conformance.families import FAMILIES, ComponentRecipe, Recipe, get
-from conformance.golden import component, model
-from conformance.golden.common import AGREEMENT, MOVEMENT, REBUILT, REBUILT_NOISE, GoldenError
+from conformance.families import FAMILIES, ComponentRecipe, Recipe, TokenizerRecipe, get
+from conformance.golden import component, model, tokenizer
+from conformance.golden.common import AGREEMENT, MOVEMENT, REBUILT, REBUILT_NOISE, Derived, GoldenError
 
 __all__ = ["AGREEMENT", "MOVEMENT", "REBUILT", "REBUILT_NOISE", "GoldenError", "make", "verify", "write"]
 
+# Whose versions a tokenizer's golden states as well.
+TOKENIZER_PACKAGES = ("sentencepiece", "tokenizers")
 Progress = Callable[[str], None]
-AnyRecipe = Recipe | ComponentRecipe
+AnyRecipe = Recipe | ComponentRecipe | TokenizerRecipe
 # weight draws' label and tensor name -> the case that stores it, and the tensor
 Stored = dict[str, tuple[str, Tensor]]
 
@@ -34,7 +37,7 @@ def write(recipe: AnyRecipe, directory: Path, stored: Stored) -> None:
 
     Raises: GoldenError, and nothing is written, if the case does not deserve to be a golden.
     """
-    derived = component.derive(recipe) if isinstance(recipe, ComponentRecipe) else model.derive(recipe)
+    derived = derive(recipe)
     label = _weights_label(recipe)
     own, shared = {}, {}
     for name, tensor in derived.weights.items():
@@ -53,22 +56,31 @@ def write(recipe: AnyRecipe, directory: Path, stored: Stored) -> None:
     write_json(target / "provenance.json", {**_stated(recipe), **derived.provenance, "shared": shared})
 
 
-def _config(recipe: AnyRecipe) -> dict[str, Any]:
-    """config.json; a component's says which component it is."""
+def derive(recipe: AnyRecipe) -> Derived:
+    """Everything that a case holds.  Raises: GoldenError if it does not deserve to be a golden."""
     if isinstance(recipe, ComponentRecipe):
-        return {"component": recipe.name.split("/")[0], **recipe.settings}
-    return recipe.config
+        return component.derive(recipe)
+    return tokenizer.derive(recipe) if isinstance(recipe, TokenizerRecipe) else model.derive(recipe)
+
+
+def _config(recipe: AnyRecipe) -> dict[str, Any]:
+    """config.json; a component's or tokenizer's says which one it is."""
+    if isinstance(recipe, Recipe):
+        return recipe.config
+    kind = "component" if isinstance(recipe, ComponentRecipe) else "tokenizer"
+    return {kind: recipe.name.split("/")[0], **recipe.settings}
 
 
 def _weights_label(recipe: AnyRecipe) -> str:
-    """Recipes with one label share every weight of equal name and shape; a component has one label."""
-    return recipe.name.split("/")[0] if isinstance(recipe, ComponentRecipe) else recipe.weights
+    """Recipes with one label share every weight of equal name and shape; a component or tokenizer has one label."""
+    return recipe.weights if isinstance(recipe, Recipe) else recipe.name.split("/")[0]
 
 
 def _stated(recipe: AnyRecipe) -> dict[str, Any]:
     """What provenance.json says of the recipe and of the versions it was made with."""
     import transformers
 
+    more = TOKENIZER_PACKAGES if isinstance(recipe, TokenizerRecipe) else ()
     return {
         "recipe": recipe.name,
         "summary": recipe.summary,
@@ -79,6 +91,7 @@ def _stated(recipe: AnyRecipe) -> dict[str, Any]:
             "name": get(recipe.name.split("/")[0]).oracle,
             "transformers": transformers.__version__,
             "torch": torch.__version__.split("+")[0],
+            **{package: version(package) for package in more},
         },
     }
 

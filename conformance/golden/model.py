@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conformance import bounds, draws
 from conformance.families import Config, Family, Recipe, get
-from conformance.golden import routing
+from conformance.golden import routing, segments
 from conformance.golden.common import AGREEMENT, MOVEMENT, Derived, GoldenError
 from conformance.implementation import vocabulary
 from conformance.implementations import reference
@@ -24,7 +24,8 @@ def draw_weights(family: Family, recipe: Recipe) -> dict[str, Tensor]:
     """The case's weights under hub names, float32."""
     shapes = family.tensor_shapes(recipe.config)
     return {
-        name: draws.tensor(recipe.weights, name, shapes[name], family.module_kinds) * _factor(recipe, name)
+        name: draws.tensor(recipe.weights, family.copies.get(name, name), shapes[name], family.module_kinds)
+        * _factor(recipe, name)
         for name in sorted(shapes)
     }
 
@@ -50,7 +51,7 @@ def draw_inputs(recipe: Recipe) -> dict[str, Tensor]:
         drawn = {"input_ids": torch.tensor(chosen) if chosen else draw(f"{prefix}input_ids", 0, vocab - junk - 1, seq)}
         if batch > 1:
             # all different, unsorted, the whole sequence and a single token among them
-            drawn["lengths"] = torch.tensor(first[:batch])
+            drawn["lengths"] = torch.tensor([max(1, length) for length in first[:batch]])
             drawn["padding_ids"] = draw(f"{prefix}padding_ids", vocab - junk, vocab - 1, seq)
         return {prefix + name: tensor for name, tensor in drawn.items()}
 
@@ -75,7 +76,7 @@ def derive(recipe: Recipe) -> Derived:
     oracle differs from itself on padded batches, the case's field hardly moves the logits, or rounding could change
     which experts a token is sent to.
     """
-    derivation = _Derivation(recipe)
+    derivation = Derivation(recipe)
     derivation.logits()
     if "positions" in recipe.store:
         derivation.positions()
@@ -85,9 +86,11 @@ def derive(recipe: Recipe) -> Derived:
         derivation.auxiliary_losses()
     if recipe.last_rows is None:
         derivation.probes_and_blocks()
-    if recipe.target is not None:
-        derivation.cut_sources()
+    if recipe.segments:
+        segments.derive(derivation)
     if recipe.batch > 1:
+        if recipe.target is not None:
+            derivation.cut_sources()
         derivation.check_padding()
     movement = derivation.counterfactuals()
     provenance = {
@@ -98,7 +101,7 @@ def derive(recipe: Recipe) -> Derived:
     return Derived(derivation.weights, derivation.inputs, derivation.expected, provenance)
 
 
-class _Derivation:
+class Derivation:
     """One case in the making: what is expected, the oracle's noise, and how far the reference is from the oracle."""
 
     def __init__(self, recipe: Recipe):
@@ -131,8 +134,12 @@ class _Derivation:
     def logits(self) -> None:
         self.expected["logits"] = self.truth[:, self.rows]
         self.agree("logits", "logits", reference.logits(self.config, self.weights, **self.arguments), self.truth)
-        self.noise["logits"] = measure_noise(
-            self.family, self.config, self.weights, self.arguments, self.truth, self.dtypes, self.rows
+        self.measure_noise("logits", self.truth)
+
+    def measure_noise(self, what: str, truth: Tensor, logits: "Logits | None" = None) -> None:
+        """Keep the oracle's own error in the working dtypes, of its logits or what else `logits` makes it compute."""
+        self.noise[what] = measure_noise(
+            self.family, self.config, self.weights, self.arguments, truth, self.dtypes, self.rows, logits or forward
         )
 
     def positions(self) -> None:
@@ -142,18 +149,21 @@ class _Derivation:
         self.agree("positions", "positions.logits", ours, truth)
         self.expected["positions.logits"] = truth
 
-    def loss_and_gradients(self) -> None:
+    def agree_gradients(self, kind: str, ours: dict[str, Tensor], oracles: dict[str, Tensor]) -> None:
         """Gradients share one scale over all parameters: a single parameter's may be zero."""
+        if set(ours) != set(oracles):
+            only = sorted(set(ours) ^ set(oracles))
+            raise GoldenError(f"{self.recipe.name}: gradients for {only} on one side only")
+        scale = bounds.magnitude(torch.cat([g.flatten() for g in oracles.values()]))
+        for name, gradient in oracles.items():
+            self.agree(kind, f"the gradient of {name}", ours[name], gradient, scale)
+
+    def loss_and_gradients(self) -> None:
         labels = self.inputs.get("labels", self.ids)
         loss, gradients = self.oracle.loss_and_gradients(labels=labels, **self.arguments)
         our_loss, ours = reference.loss_and_gradients(self.config, self.weights, labels=labels, **self.arguments)
-        if set(ours) != set(gradients):
-            only = sorted(set(ours) ^ set(gradients))
-            raise GoldenError(f"{self.recipe.name}: gradients for {only} on one side only")
         self.agree("loss", "loss", our_loss, loss)
-        scale = bounds.magnitude(torch.cat([g.flatten() for g in gradients.values()]))
-        for name, gradient in gradients.items():
-            self.agree("gradients", f"the gradient of {name}", ours[name], gradient, scale)
+        self.agree_gradients("gradients", ours, gradients)
         self.expected["loss"] = loss
         if "gradients" in self.recipe.store:
             self.expected |= {f"gradient.{name}": gradient for name, gradient in gradients.items()}
@@ -248,20 +258,39 @@ class _Derivation:
     def counterfactuals(self) -> dict[str, float]:
         """Logits of each configuration that a mistaken candidate effectively runs; returns how far they are from the
         truth, by label.  Tensors that such a configuration does not know (an ignored bias) are left out.
+
+        Of a case that is fed in segments, those of the segments too; what a mistake does not move is not stored then.
         """
         movement = {}
         for label, config in self.recipe.counterfactuals.items():
             known = self.family.tensor_shapes(config)
             weights = {name: weight for name, weight in self.weights.items() if name in known}
-            wrong = oracle_class(self.family)(self.family, config, weights).logits(**self.arguments)
-            movement[label] = bounds.measure(wrong[:, self.rows], self.truth[:, self.rows]).max
+            oracle = oracle_class(self.family)(self.family, config, weights)
+            wrong = {"logits": oracle.logits(**self.arguments)[:, self.rows]}
+            if self.recipe.segments:
+                wrong[segments.LOGITS] = segments.logits_of(oracle, self.recipe.segments)(self.ids)
+            moved = {what: bounds.measure(values, self.expected[what]).max for what, values in wrong.items()}
+            movement[label] = max(moved.values())
             if label == f"{self.recipe.field} ignored" and movement[label] < MOVEMENT:
                 raise GoldenError(
                     f"{self.recipe.name}: ignoring {self.recipe.field} moves the logits by {movement[label]:.1e} only; "
                     f"a field case needs {MOVEMENT:g}; choose a value further from the default"
                 )
-            self.expected[f"counterfactual.{label}.logits"] = wrong[:, self.rows]
+            self.expected |= {
+                f"counterfactual.{label}.{what}": values
+                for what, values in wrong.items()
+                if moved[what] > AGREEMENT or not self.recipe.segments
+            }
         return movement
+
+
+# An oracle -> its logits as a function of the arguments of a call.
+Logits = Callable[[Any], Callable[..., Tensor]]
+
+
+def forward(oracle: Any) -> Callable[..., Tensor]:
+    """The logits of one full forward."""
+    return oracle.logits  # type: ignore[no-any-return]
 
 
 def measure_noise(
@@ -272,9 +301,11 @@ def measure_noise(
     truth: Tensor,
     dtypes: Iterable[str] = tuple(bounds.UNIT_ROUNDOFF),
     rows: slice = slice(None),
+    logits: Logits = forward,
 ) -> dict[str, Any]:
     """The oracle's own error in each of the dtypes: the largest over its kernels and over row by row.
 
+    logits: what of the oracle is measured, a full forward unless told otherwise.
     Raises: GoldenError if an error is not finite (the case overflows the dtype).
     """
     noise = {}
@@ -282,12 +313,11 @@ def measure_noise(
         errors = []
         for kernel in family.oracle_kernels:
             model = oracle_class(family)(family, config, weights, dtype=getattr(torch, name), attention=kernel)
-            errors.append(bounds.measure(model.logits(**arguments)[:, rows], truth[:, rows]))
+            call = logits(model)
+            errors.append(bounds.measure(call(**arguments)[:, rows], truth[:, rows]))
             batch = len(arguments["input_ids"])
             if kernel == "eager" and batch > 1:
-                alone = torch.cat(
-                    [model.logits(**{n: t[r : r + 1] for n, t in arguments.items()}) for r in range(batch)]
-                )
+                alone = torch.cat([call(**{n: t[r : r + 1] for n, t in arguments.items()}) for r in range(batch)])
                 errors.append(bounds.measure(alone[:, rows], truth[:, rows]))
         if not all(math.isfinite(error.max) and math.isfinite(error.rms) for error in errors):
             raise GoldenError(f"the oracle's error in {name} is not finite; draw smaller weights")

@@ -7,13 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conformance.families import TOKENIZERS
 from conformance.implementation import Unsupported
+from conformance.oracles import oracle_missing
 
-# Families whose model the installed transformers has, and those of them that it has no SDPA kernel for.
-HUB_FAMILIES = frozenset({"gpt", "gpt2", "llama", "mistral", "mixtral", "phi", "transformer"})
-EAGER_ONLY = frozenset({"gpt"})
+# Families whose model transformers has or had, and those of them that it has no SDPA kernel for.
+HUB_FAMILIES = frozenset(
+    {"gpt", "gpt2", "llama", "mistral", "mixtral", "phi", "switch_transformer", "transformer", "transformer_xl"}
+)
+EAGER_ONLY = frozenset({"gpt", "switch_transformer", "transformer_xl"})
 # Encoder–decoder models whose positions count pads, and that take no positions of ours.
 COUNTS_PADS = frozenset({"marian"})
+PADS_COUNT = "its positions count pads, so that a token's position depends on the pads before it"
+# What Switch stores in its configuration and never reads.
+PADS_ARE_ROUTED = "router_ignore_padding_tokens is ignored: pads before a token take its room at experts"
 # model_type -> how to load it. The default kernel of experts, grouped_mm, has no float64.
 SETTINGS = {"mixtral": {"experts_implementation": "eager"}}
 
@@ -26,7 +33,13 @@ class HuggingFaceModels:
 
     def __init__(self, attention: str):
         self.attention = attention
-        self.families = HUB_FAMILIES if attention == "eager" else HUB_FAMILIES - EAGER_ONLY
+
+    @property
+    def families(self) -> frozenset[str]:
+        """Those whose model the installed release has."""
+        families = HUB_FAMILIES if self.attention == "eager" else HUB_FAMILIES - EAGER_ONLY
+        tokenizers = frozenset(TOKENIZERS if self.attention == "eager" else ())
+        return tokenizers | frozenset(family for family in families if oracle_missing(family) is None)
 
     @property
     def name(self) -> str:
@@ -34,21 +47,33 @@ class HuggingFaceModels:
 
         return f"transformers {version('transformers')}, {self.attention}"
 
-    def load(self, checkpoint: Any) -> "Model | EncoderDecoderModel":
+    def load(self, checkpoint: Any) -> "Model | EncoderDecoderModel | TransformerXLModel | Tokenizer":
+        if "tokenizer" in checkpoint.config:
+            return Tokenizer(checkpoint.path)
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         model_type = checkpoint.config["model_type"]
+        if model_type == "transfo-xl":
+            logging.set_verbosity_error()  # it counts what follows from config.json as missing
+            model = AutoModelForCausalLM.from_pretrained(checkpoint.path, torch_dtype=checkpoint.dtype)
+            # Some of its parameters are float32 whatever is asked for.
+            return TransformerXLModel(model.to(device=checkpoint.device, dtype=checkpoint.dtype).eval())
         if model_type == "transformer":
             raise Unsupported("MarianMTModel has all sines before all cosines, not the paper's alternating order")
+        if checkpoint.config.get("reorder_and_upcast_attn") and checkpoint.dtype == torch.float64:
+            raise Unsupported("reorder_and_upcast_attn insists on torch.float32, by a guard in the library")
         loader = AutoModelForSeq2SeqLM if checkpoint.config.get("is_encoder_decoder") else AutoModelForCausalLM
         model = loader.from_pretrained(
             checkpoint.path, dtype=checkpoint.dtype, attn_implementation=self.attention, **SETTINGS.get(model_type, {})
         )
         model = model.to(checkpoint.device).eval()
         if loader is AutoModelForSeq2SeqLM:
-            return EncoderDecoderModel(model, counts_pads=model_type in COUNTS_PADS)
+            reason = PADS_COUNT if model_type in COUNTS_PADS else None
+            if getattr(model.config, "router_ignore_padding_tokens", False):
+                reason = PADS_ARE_ROUTED
+            return EncoderDecoderModel(model, reason)
         # GPT would take a cache and ignore it
         has_cache = "past_key_values" in inspect.signature(model.forward).parameters
         return CachingModel(model) if has_cache else Model(model)
@@ -77,7 +102,11 @@ class Model(torch.nn.Module):
 
 
 class CachingModel(Model):
-    """Opens sessions with a cache too."""
+    """Opens sessions with a cache too, and tells texts in one row apart by positions that start again."""
+
+    def packed(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        position_ids = torch.cat([torch.arange(n, device=input_ids.device) for n in lengths.tolist()])[None]
+        return self.model(input_ids, position_ids=position_ids, use_cache=False).logits  # type: ignore[no-any-return]
 
     def session(self) -> "Session":
         return Session(self.model)
@@ -86,12 +115,12 @@ class CachingModel(Model):
 class EncoderDecoderModel(torch.nn.Module):
     """An encoder and a decoder that attends to it.
 
-    counts_pads: whether its positions count pads; tokens after pads are then beyond it.
+    no_left_padding: why tokens after pads are beyond it, if they are.
     """
 
-    def __init__(self, model: Any, counts_pads: bool):
+    def __init__(self, model: Any, no_left_padding: str | None):
         super().__init__()
-        self.model, self.counts_pads = model, counts_pads
+        self.model, self.no_left_padding = model, no_left_padding
         self.parameters = by_hub_name(model)  # type: ignore[assignment]
 
     def forward(
@@ -109,8 +138,8 @@ class EncoderDecoderModel(torch.nn.Module):
         )  # fmt: skip
 
     def refuse_left_padding(self, *masks: Tensor | None) -> None:
-        if self.counts_pads and any(mask is not None and (mask.diff(dim=1) > 0).any() for mask in masks):
-            raise Unsupported("its positions count pads, so that a token's position depends on the pads before it")
+        if self.no_left_padding and any(mask is not None and (mask.diff(dim=1) > 0).any() for mask in masks):
+            raise Unsupported(self.no_left_padding)
 
     def session(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> "EncoderDecoderSession":
         self.refuse_left_padding(attention_mask)
@@ -137,6 +166,86 @@ class EncoderDecoderSession:
         caches = (self.cache.self_attention_cache, self.cache.cross_attention_cache)
         held = [t for cache in caches for layer in cache.layers for t in (layer.keys, layer.values)]
         return sum(t.numel() * t.element_size() for t in [self.encoded.last_hidden_state, *held])
+
+
+class TransformerXLModel(torch.nn.Module):
+    """A memory of earlier segments, which begins empty: without `mems` the library would make one of zero vectors."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.parameters = dict(model.named_parameters())  # type: ignore[assignment]
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        returned = self.model(input_ids, mems=self.empty_memory(len(input_ids)))
+        if labels is None:
+            return returned.logits
+        # With labels it returns no logits.
+        loss = self.model(input_ids, mems=self.empty_memory(len(input_ids)), labels=labels).loss
+        return {"logits": returned.logits, "loss": loss}
+
+    def empty_memory(self, batch: int) -> list[Tensor]:
+        parameter = next(self.model.parameters())
+        return [parameter.new_zeros(0, batch, self.model.config.d_model)] * self.model.config.n_layer
+
+    def session(self) -> "TransformerXLSession":
+        return TransformerXLSession(self)
+
+
+class TransformerXLSession:
+    """The library's own memory, handed from segment to segment."""
+
+    def __init__(self, model: TransformerXLModel):
+        self.model = model
+        self.memory: list[Tensor] = []
+
+    def feed(self, input_ids: Tensor) -> Tensor:
+        returned = self.model.model(input_ids, mems=self.memory or self.model.empty_memory(len(input_ids)))
+        self.memory = returned.mems
+        return returned.logits  # type: ignore[no-any-return]
+
+    def state_bytes(self) -> int:
+        return sum(layer.numel() * layer.element_size() for layer in self.memory)
+
+
+class Tokenizer:
+    """`AutoTokenizer.from_pretrained`, which builds the class that tokenizer_config.json names."""
+
+    def __init__(self, path: Any):
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def encode(self, text: str, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+        return self.tokenizer.encode(  # type: ignore[no-any-return]
+            text, add_special_tokens=add_special_tokens, split_special_tokens=not parse_special
+        )
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]
+
+    def decoder(self) -> "TokenStream":
+        return TokenStream(self.tokenizer)
+
+
+class TokenStream:
+    """The `tokenizers` library's DecodeStream; what it still holds at the end is what it has not given of the whole."""
+
+    def __init__(self, tokenizer: Any):
+        from tokenizers.decoders import DecodeStream
+
+        self.tokenizer, self.stream = tokenizer, DecodeStream(skip_special_tokens=True)
+        self.ids: list[int] = []
+        self.given = ""
+
+    def feed(self, token_id: int) -> str:
+        self.ids.append(token_id)
+        text = self.stream.step(self.tokenizer.backend_tokenizer, token_id) or ""
+        self.given += text
+        return text
+
+    def finish(self) -> str:
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)[len(self.given) :]  # type: ignore[no-any-return]
 
 
 def by_hub_name(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from conformance.component import WEIGHTS, flat
 from conformance.families import FAMILIES, get
+from conformance.implementation import Unsupported
 from conformance.oracles.true_double import TrueDouble
 from conformance.probes import at_module_boundaries, canonical
 
@@ -34,18 +36,29 @@ class Reference:
 
         if name := checkpoint.config.get("component"):
             return self._component(name, checkpoint)
+        if "tokenizer" in checkpoint.config:
+            return self._tokenizer(checkpoint)
         return adapted(
             load_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device, attention=self.attention)
         )
+
+    def _tokenizer(self, checkpoint: Any) -> Any:
+        from reference_impl.tokenizer import load_tokenizer
+
+        if (checkpoint.path / "tokenizer.model").exists() and find_spec("sentencepiece") is None:
+            raise Unsupported("reading tokenizer.model needs the `tokenizer` extra: sentencepiece and protobuf")
+        return load_tokenizer(checkpoint.path)
 
     def _component(self, name: str, checkpoint: Any) -> Any:
         return lambda **arguments: component(get(name), arguments, checkpoint.config)
 
 
-def adapted(model: torch.nn.Module) -> "Model | EncoderDecoderModel":
+def adapted(model: torch.nn.Module) -> "Model | EncoderDecoderModel | SegmentModel":
     """A model of `reference_impl` behind the contract."""
-    decodes = "decoder_input_ids" in inspect.signature(model.forward).parameters
-    return EncoderDecoderModel(model) if decodes else Model(model)
+    declared = inspect.signature(model.forward).parameters
+    if "memory" in declared:
+        return SegmentModel(model)
+    return EncoderDecoderModel(model) if "decoder_input_ids" in declared else Model(model)
 
 
 class Model:
@@ -64,8 +77,17 @@ class Model:
     ) -> dict[str, Tensor]:
         from reference_impl.nn.loss import next_token_loss
 
-        logits = self.model(input_ids, attention_mask, position_ids)
-        return {"logits": logits} if labels is None else {"logits": logits, "loss": next_token_loss(logits, labels)}
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return (
+            {"logits": self.model(**arguments)}
+            if labels is None
+            else with_losses(self.model, arguments, labels, next_token_loss)
+        )
+
+    def packed(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        from reference_impl.packing import packed
+
+        return packed(self.model, input_ids, lengths)
 
 
 class EncoderDecoderModel:
@@ -85,11 +107,41 @@ class EncoderDecoderModel:
     ) -> dict[str, Tensor]:
         from reference_impl.nn.loss import token_loss
 
-        logits = self.model(
-            input_ids, attention_mask, decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-        )  # fmt: skip
-        return {"logits": logits} if labels is None else {"logits": logits, "loss": token_loss(logits, labels)}
+        arguments = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+        }  # fmt: skip
+        return (
+            {"logits": self.model(**arguments)}
+            if labels is None
+            else with_losses(self.model, arguments, labels, token_loss)
+        )
+
+
+def with_losses(
+    model: Any, arguments: dict[str, Tensor | None], labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Logits, their loss, and what the routers, if there are any, add to it, before the coefficients, by name."""
+    from reference_impl.nn.moe import recorded_router_logits
+
+    with recorded_router_logits(model) as router_logits:
+        logits = model(**arguments)
+    router_losses = model.router_losses(router_logits) if router_logits else {}
+    return {"logits": logits, "loss": loss(logits, labels), **router_losses}
+
+
+class SegmentModel:
+    """A model with a memory of earlier segments, which knows neither padding nor positions, with its loss."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model, self.session = model, model.session
+        self.parameters = dict(model.named_parameters())
+
+    def __call__(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        from reference_impl.nn.loss import next_token_loss
+
+        logits = self.model(input_ids)
+        return {"logits": logits} if labels is None else {"logits": logits, "loss": next_token_loss(logits, labels)}
 
 
 def build(config: "Config", weights: dict[str, Tensor]) -> torch.nn.Module:
@@ -141,6 +193,28 @@ def loss_and_gradients(
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def segments(config: "Config", weights: dict[str, Tensor], input_ids: Tensor, lengths: list[int]) -> Tensor:
+    """The reference's float64 logits of all segments, fed one after the other."""
+    session: Any = build(config, weights).session()  # type: ignore[operator]
+    with TrueDouble(), torch.no_grad():
+        return torch.cat([session.feed(segment) for segment in input_ids.split(lengths, dim=1)], dim=1)
+
+
+def last_loss_and_gradients(
+    config: "Config", weights: dict[str, Tensor], input_ids: Tensor, lengths: list[int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of the last segment after the others, all of them run with gradients, and its gradients, float64."""
+    from reference_impl.nn.loss import next_token_loss
+
+    model: Any = build(config, weights).requires_grad_(True)
+    session = model.session()
+    with TrueDouble():
+        for segment in input_ids.split(lengths, dim=1):
+            loss = next_token_loss(session.feed(segment), segment)
+        loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
 def auxiliary_losses(
     config: "Config", weights: dict[str, Tensor], input_ids: Tensor, labels: Tensor, **optional: Tensor
 ) -> dict[str, Tensor]:
@@ -148,6 +222,15 @@ def auxiliary_losses(
     with TrueDouble(), torch.no_grad():
         returned = adapted(build(config, weights))(input_ids, labels=labels, **optional)
     return {name: value for name, value in returned.items() if name not in ("logits", "loss")}
+
+
+def tokenizer(config: "Config", files: dict[str, bytes]) -> Any:
+    """The reference's tokenizer of these files."""
+    from conformance.implementation import Checkpoint
+
+    return Reference("eager").load(
+        Checkpoint({"tokenizer": "", **config}, {}, torch.float32, torch.device("cpu"), files)
+    )
 
 
 def component(family: "Component", tensors: dict[str, Tensor], settings: "Config") -> dict[str, Tensor]:

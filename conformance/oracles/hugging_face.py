@@ -9,7 +9,7 @@ the kernel's own query and key and must reproduce the kernel's own weights.
 import contextlib
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +128,7 @@ class HuggingFace:
         """Probe -> (path of the library's module, "input" or "output")."""
         return self.family.module_probes(self.config)
 
-    def tapped(self) -> contextlib.AbstractContextManager[dict[int, dict[str, Tensor]]]:
+    def tapped(self) -> contextlib.AbstractContextManager[dict[Any, dict[str, Tensor]]]:
         """While open, the attention kernels tell what they receive and return: layer -> quantity -> value."""
         return tapped_attention(self.model)
 
@@ -160,12 +160,13 @@ def by_layer(module: Any) -> Any:
 
 @contextlib.contextmanager
 def tapped_attention(
-    model: torch.nn.Module, key_of: Callable[[Any], Any] = by_layer
+    model: torch.nn.Module, key_of: Callable[[Any], Any] = by_layer, configs: Sequence[Any] = ()
 ) -> Iterator[dict[Any, dict[str, Tensor]]]:
     """Switch the model to an attention kernel that also tells what it received and returned, layer by layer.
 
-    key_of: the attention module -> what its values are known by.
     Works for models on the library's attention interface.
+    key_of: the attention module -> what its values are known by.
+    configs: those of parts of the model that have copies of their own (encoder, decoder).
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -180,6 +181,8 @@ def tapped_attention(
         groups = query.shape[1] // key.shape[1]
         keys = home.repeat_kv(key, groups) if groups > 1 else key
         scores = query @ keys.transpose(2, 3) * scaling
+        if kw.get("position_bias") is not None:
+            scores = scores + kw["position_bias"]
         masked = scores if attention_mask is None else scores + attention_mask
         if not torch.allclose(masked.softmax(-1), weights, rtol=0, atol=1e-14):
             raise AssertionError("the recomputed scores do not give the kernel's own weights")
@@ -190,10 +193,12 @@ def tapped_attention(
 
     ALL_ATTENTION_FUNCTIONS.register("conformance_tap", tap)
     ALL_MASK_ATTENTION_FUNCTIONS.register("conformance_tap", eager_mask)
-    settings: Any = model.config
-    before = settings._attn_implementation
-    settings._attn_implementation = "conformance_tap"
+    settings: list[Any] = [model.config, *configs]
+    before = [config._attn_implementation for config in settings]
+    for config in settings:
+        config._attn_implementation = "conformance_tap"
     try:
         yield tapped
     finally:
-        settings._attn_implementation = before
+        for config, kernel in zip(settings, before, strict=True):
+            config._attn_implementation = kernel

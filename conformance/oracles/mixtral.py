@@ -21,6 +21,11 @@ class Mixtral(HuggingFace):
             for probe, (path, side) in super().module_probes().items()
         }
 
+    def auxiliary_losses(self, input_ids: Tensor, labels: Tensor, **optional: Tensor) -> dict[str, Tensor]:
+        """Mixtral's paper states none: that of the library, over the tokens of all layers together."""
+        with torch.no_grad(), self._mode():
+            return {"aux_loss": self._call(input_ids, output_router_logits=True, **optional).aux_loss}
+
     def gradients(self) -> dict[str, Tensor]:
         """Cut up as the library itself would cut the parameters up to save them."""
         from transformers.core_model_loading import revert_weight_conversion
@@ -28,14 +33,14 @@ class Mixtral(HuggingFace):
         return {n: t.contiguous() for n, t in revert_weight_conversion(self.model, super().gradients()).items()}
 
     @contextlib.contextmanager
-    def tapped(self) -> Iterator[dict[int, dict[str, Tensor]]]:
+    def tapped(self) -> Iterator[dict[Any, dict[str, Tensor]]]:
         """While open, attention and experts tell what they receive and return: layer -> quantity -> value."""
         with tapped_attention(self.model) as tapped, _tapped_experts(self.model, tapped):
             yield tapped
 
 
 @contextlib.contextmanager
-def _tapped_experts(model: torch.nn.Module, tapped: dict[int, dict[str, Tensor]]) -> Iterator[None]:
+def _tapped_experts(model: torch.nn.Module, tapped: dict[Any, dict[str, Tensor]]) -> Iterator[None]:
     """Add to `tapped` the routing weights that every fused experts module received, and what the chosen experts return.
 
     The library returns the weighted sum only. Its own experts are called once for each place in a token's choice, with

@@ -55,7 +55,7 @@ def _run(kind: Any, states: tuple[str, ...], tensors: Tensors, settings: dict[st
         given = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
     initial = tuple(tensors[f"{state}0"] for state in states)
     state = initial if len(states) > 1 else initial[0]
-    with _without_onednn():
+    with without_onednn():
         output, final = torch.func.functional_call(module, weights, (given, state), strict=True)
     if lengths is not None:
         output, _ = pad_packed_sequence(output, batch_first=True, total_length=x.shape[1])
@@ -64,7 +64,7 @@ def _run(kind: Any, states: tuple[str, ...], tensors: Tensors, settings: dict[st
 
 
 @contextlib.contextmanager
-def _without_onednn() -> Iterator[None]:
+def without_onednn() -> Iterator[None]:
     """Torch's own kernels: oneDNN's round differently from machine to machine, and less than most implementations."""
     backend: Any = torch.backends.mkldnn  # its context manager warns of TF32 where there is none
     before, backend.enabled = backend.enabled, False

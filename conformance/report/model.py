@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "conformance.run/1"
 # The checks that the field matrix is read off.
-FORWARD = ("golden.logits", "component.outputs")
+FORWARD = ("golden.logits", "component.outputs", "tokenizer.encode")
 OUTCOMES = ("pass", "fail", "error", "timeout", "crash", "unsupported", "skipped")
 
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from conformance.implementation import DTYPES
+from conformance.implementation import DTYPES, EXACT
 from conformance.report.text import counts_line, failure_lines, shortfall
 
 WIDTH = 120
@@ -97,7 +97,7 @@ def table(run: dict[str, Any]) -> Table:
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     several = len({c["case"].split("/")[0] for c in run["claims"]}) > 1
     shown.add_column("family" if several else "case", no_wrap=True)
-    dtypes = [d for d in DTYPES if any(c["dtype"] == d for c in run["claims"])]
+    dtypes = [d for d in (*DTYPES, EXACT) if any(c["dtype"] == d for c in run["claims"])]
     for dtype in dtypes:
         shown.add_column(dtype, justify="right")
     shown.add_column("error, float64", justify="right")

@@ -31,7 +31,8 @@ def failure_lines(result: dict[str, Any], spec: str) -> list[str]:
     for index, detail in enumerate(result["details"]):
         lines.append(_entry("where" if index == 0 else "", detail))
     lines += [_entry("note", note) for note in result["notes"]]
-    options = f"--case {result['case']} --check {result['check']} --dtype {result['dtype']}"
+    case = shlex.quote(result.get("directory", result["case"]))
+    options = f"--case {case} --check {result['check']} --dtype {result['dtype']}"
     lines.append(_entry("reproduce", f"conformance run {shlex.quote(spec)} {options}"))
     return lines
 

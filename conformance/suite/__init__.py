@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from conformance.judge import Judge
 
-GROUPS = ("golden", "cache", "component")
+GROUPS = ("golden", "cache", "memory", "packed", "component", "tokenizer")
 
 
 def checks() -> dict[str, "Callable[[Judge], None]"]:

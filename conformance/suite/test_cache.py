@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from conformance.implementation import Misbehaviour
 from conformance.suite.padding import moved, padded_ids, row_truth
 
 if TYPE_CHECKING:
@@ -56,6 +57,26 @@ def test_ragged(judge: "Judge") -> None:
     mask = torch.cat([mask, torch.ones_like(steps)], dim=1)
     logits = _feed(judge, [longest] + [1] * DECODED, ids, mask)
     judge.compare(logits, truth, real=mask.bool())
+
+
+def test_constant_state(judge: "Judge") -> None:
+    """Decoding beyond a sliding window takes no more memory: `state_bytes()` no longer grows once two windows are fed.
+
+    Keys that no query can see again need not be kept.  Fed token by token, to the end of the case.
+    """
+    window, ids = judge.case.config["sliding_window"], judge.case.ids
+    with judge.precision():
+        session, sizes = judge.candidate.session(), []
+        for place in range(ids.shape[1]):
+            session.feed(ids[:, place : place + 1])
+            sizes.append(session.state_bytes())
+    full = sizes[2 * window - 1]
+    for fed, size in enumerate(sizes[2 * window :], start=2 * window + 1):
+        if size > full:
+            raise Misbehaviour(
+                "state grows", f"the session holds {full:,} bytes after {2 * window} tokens and {size:,} after {fed}; "
+                f"with sliding_window={window} no key older than that is seen again"
+            )  # fmt: skip
 
 
 def _feed_and_compare(judge: "Judge", plan: list[int]) -> None:

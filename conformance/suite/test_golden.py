@@ -2,11 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from conformance import bounds
-from conformance.implementation import Unsupported, load_checkpoint, running
+from conformance.implementation import Unsupported, load_checkpoint
+from conformance.suite.gradients import compare_gradients
 from conformance.suite.padding import padded, row_truth
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from conformance.judge import Judge
 
 
@@ -92,25 +94,13 @@ def test_gradients(judge: "Judge") -> None:
     """
     import torch
 
-    names = [name.removeprefix("gradient.") for name in judge.case.expected if name.startswith("gradient.")]
-    parameters = judge.candidate.parameters(names)
-    if parameters is None:
-        raise Unsupported("the model has no parameters by hub name")
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-        parameter.grad = None
-    labels = judge.case.inputs.get("labels")
-    with judge.precision(gradients=True):
-        logits = judge.candidate(**judge.case.arguments).logits
+    def next_token_loss() -> "Tensor":
+        logits, labels = judge.candidate(**judge.case.arguments).logits, judge.case.inputs.get("labels")
         if labels is None:
             logits, labels = logits[:, :-1], judge.case.ids[:, 1:]
-        with running("logits.backward()"):
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.to(logits.device).flatten()).backward()
-    scale = bounds.magnitude(torch.cat([judge.case.expected[f"gradient.{name}"].flatten() for name in names]))
-    for name in names:
-        gradient = parameters[name].grad
-        got = torch.zeros_like(parameters[name]) if gradient is None else gradient
-        judge.compare(got, judge.case.expected[f"gradient.{name}"], what=f"gradients of {name}", scale=scale)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.to(logits.device).flatten())
+
+    compare_gradients(judge, "gradient.", next_token_loss)
 
 
 def test_blocks(judge: "Judge") -> None:

@@ -8,18 +8,18 @@ OpenAI's projections call W is stored (in, out). Dropout is not implemented: tra
 Shapes: B batch, T tokens of this call, S tokens so far (cached and new).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reference_impl.config import DERIVED, read_fields, require_divisible, require_model_type, require_positive
 from reference_impl.nn import attention as core
 from reference_impl.nn import masks
 from reference_impl.nn.feed_forward import Conv1DFeedForward, activation
-from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
+from reference_impl.nn.kv_cache import Cache, KVCache, LayerCache, Session, tokens_of_call
 from reference_impl.nn.norm import LayerNorm
 from reference_impl.nn.positions import LearnedPositions
 from reference_impl.nn.self_attention import SelfAttention
@@ -129,7 +129,7 @@ class GPT2Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch seq hidden"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
+        mask: masks.Mask,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         h: Tensor = x + self.attn(self.ln_1(x), mask, cache)
@@ -152,20 +152,19 @@ class GPT2Model(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
-        if cache is not None:
-            real = cache.extended(real)  # (B, S)
-        position_ids = masks.resolve_positions(position_ids, input_ids, real)  # (B, T)
-        mask = masks.visible_keys(real, num_queries=input_ids.shape[1])  # (B, 1, T, S)
+        tokens = tokens_of_call(input_ids, attention_mask, lengths, cache)  # (B, S)
+        position_ids = masks.resolve_positions(position_ids, input_ids, tokens)  # (B, T)
+        mask = masks.visible(tokens, num_queries=input_ids.shape[1])  # (B, 1, T, S)
 
         x: Tensor = self.wte(input_ids) + self.wpe(position_ids)  # (B, T, hidden)
         layer_caches = [None] * len(self.h) if cache is None else cache.layers
         for block, layer_cache in zip(self.h, layer_caches, strict=True):
             x = block(x, mask, layer_cache)
         if cache is not None:
-            cache.commit(real)
+            cache.commit(tokens)
         hidden: Tensor = self.ln_f(x)
         return hidden
 
@@ -190,7 +189,8 @@ class GPT2(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
         """Logits of the token after each of `input_ids`. Logits at padding mean nothing, but are finite.
 
@@ -199,12 +199,14 @@ class GPT2(nn.Module):
             position_ids: by default the number of real tokens before each in its row, cached ones included. They
                 choose rows of the position table: what a token may see follows from its place. One row may serve all.
             cache: earlier tokens of the same rows; these are added to it. Needs torch.no_grad().
+            lengths: where the one row of `input_ids` is several texts, one behind the other, how many tokens each has.
+                Each sees itself alone, and positions start again. `reference_impl.packing` puts them so.
 
         Raises:
             ValueError: the mask or the positions do not fit `input_ids`, these do not fit `cache`, or a position is
                 beyond `n_positions`.
         """
-        logits: Tensor = self.lm_head(self.transformer(input_ids, attention_mask, position_ids, cache))
+        logits: Tensor = self.lm_head(self.transformer(input_ids, attention_mask, position_ids, cache, lengths))
         return logits
 
     def session(self, max_length: int | None = None) -> Session:

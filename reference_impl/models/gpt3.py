@@ -10,17 +10,17 @@ train() and eval() change nothing.
 Shapes: B batch, T tokens of this call, S tokens so far (cached and new).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reference_impl.config import DERIVED, read_fields, require_divisible, require_model_type, require_positive
 from reference_impl.nn import masks
 from reference_impl.nn.feed_forward import Conv1DFeedForward, activation
-from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
+from reference_impl.nn.kv_cache import Cache, KVCache, LayerCache, Session, tokens_of_call
 from reference_impl.nn.norm import LayerNorm
 from reference_impl.nn.positions import LearnedPositions
 from reference_impl.nn.self_attention import SelfAttention
@@ -126,7 +126,7 @@ class GPT3Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch seq hidden"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
+        mask: masks.Mask,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         h: Tensor = x + self.attn(self.ln_1(x), mask, cache)
@@ -134,15 +134,13 @@ class GPT3Block(nn.Module):
         return y
 
 
-def block_masks(
-    config: GPT3Config, real: Bool[Tensor, "batch keys"], *, num_queries: int
-) -> dict[str, Bool[Tensor, "batch 1 queries keys"]]:
+def block_masks(config: GPT3Config, tokens: masks.Tokens, *, num_queries: int) -> dict[str, masks.Mask]:
     """What queries of a dense and of a banded block may see.
 
     A band slides: it ends at each query. Blocks of window_size tokens that see only themselves would be another model.
     """
-    dense = masks.visible_keys(real, num_queries=num_queries)  # (B, 1, T, S)
-    banded = masks.visible_keys(real, num_queries=num_queries, sliding_window=config.window_size)
+    dense = masks.visible(tokens, num_queries=num_queries)  # (B, 1, T, S)
+    banded = masks.visible(tokens, num_queries=num_queries, sliding_window=config.window_size)
     return {"dense": dense, "banded": banded}
 
 
@@ -162,20 +160,19 @@ class GPT3Model(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
-        if cache is not None:
-            real = cache.extended(real)  # (B, S)
-        position_ids = masks.resolve_positions(position_ids, input_ids, real)  # (B, T)
-        mask_of = block_masks(self.config, real, num_queries=input_ids.shape[1])
+        tokens = tokens_of_call(input_ids, attention_mask, lengths, cache)  # (B, S)
+        position_ids = masks.resolve_positions(position_ids, input_ids, tokens)  # (B, T)
+        mask_of = block_masks(self.config, tokens, num_queries=input_ids.shape[1])
 
         x: Tensor = self.wte(input_ids) + self.wpe(position_ids)  # (B, T, hidden)
         layer_caches = [None] * len(self.h) if cache is None else cache.layers
         for layer, (block, layer_cache) in enumerate(zip(self.h, layer_caches, strict=True)):
             x = block(x, mask_of[self.config.kind(layer)], layer_cache)
         if cache is not None:
-            cache.commit(real)
+            cache.commit(tokens)
         hidden: Tensor = self.ln_f(x)
         return hidden
 
@@ -201,7 +198,8 @@ class GPT3(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
         """Logits of the token after each of `input_ids`. Logits at padding mean nothing, but are finite.
 
@@ -210,12 +208,14 @@ class GPT3(nn.Module):
             position_ids: by default the number of real tokens before each in its row, cached ones included. They
                 choose rows of the position table: what a token may see follows from its place. One row may serve all.
             cache: earlier tokens of the same rows; these are added to it. Needs torch.no_grad().
+            lengths: where the one row of `input_ids` is several texts, one behind the other, how many tokens each has.
+                Each sees itself alone, and positions start again. `reference_impl.packing` puts them so.
 
         Raises:
             ValueError: the mask or the positions do not fit `input_ids`, these do not fit `cache`, or a position is
                 beyond `n_positions`.
         """
-        logits: Tensor = self.lm_head(self.transformer(input_ids, attention_mask, position_ids, cache))
+        logits: Tensor = self.lm_head(self.transformer(input_ids, attention_mask, position_ids, cache, lengths))
         return logits
 
     def session(self, max_length: int | None = None) -> Session:

@@ -8,11 +8,11 @@ not implemented: train() and eval() change nothing.
 Shapes: B batch, T tokens of this call, S tokens so far (cached and new).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reference_impl.config import (
@@ -26,7 +26,7 @@ from reference_impl.config import (
 from reference_impl.nn import masks, rotary
 from reference_impl.nn.attention import GroupedQueryAttention
 from reference_impl.nn.feed_forward import GatedFeedForward, activation
-from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
+from reference_impl.nn.kv_cache import Cache, KVCache, LayerCache, Session, tokens_of_call
 from reference_impl.nn.norm import RMSNorm
 
 # Keys of Llama's config.json that say nothing about what a forward pass computes, beside those of every family.
@@ -132,7 +132,7 @@ class LlamaDecoderLayer(nn.Module):
         x: Float[Tensor, "batch seq hidden"],
         cos: Float[Tensor, "#batch seq half"],
         sin: Float[Tensor, "#batch seq half"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
+        mask: masks.Mask,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         h: Tensor = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
@@ -155,14 +155,13 @@ class LlamaModel(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         config, seq = self.config, input_ids.shape[1]
-        real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
-        if cache is not None:
-            real = cache.extended(real)  # (B, S)
-        position_ids = masks.resolve_positions(position_ids, input_ids, real)  # (B or 1, T)
-        mask = masks.visible_keys(real, num_queries=seq)  # (B, 1, T, S)
+        tokens = tokens_of_call(input_ids, attention_mask, lengths, cache)  # (B, S)
+        position_ids = masks.resolve_positions(position_ids, input_ids, tokens)  # (B or 1, T)
+        mask = masks.visible(tokens, num_queries=seq)  # (B, 1, T, S)
 
         x: Tensor = self.embed_tokens(input_ids)  # (B, T, hidden)
         cos, sin = rotary.tables(position_ids, config.head_dim, config.rope_theta, config.rope_scaling, dtype=x.dtype)
@@ -170,7 +169,7 @@ class LlamaModel(nn.Module):
         for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
             x = layer(x, cos, sin, mask, layer_cache)
         if cache is not None:
-            cache.commit(real)
+            cache.commit(tokens)
         hidden: Tensor = self.norm(x)
         return hidden
 
@@ -195,7 +194,8 @@ class Llama(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
         """Logits of the token after each of `input_ids`. Logits at padding mean nothing, but are finite.
 
@@ -204,11 +204,13 @@ class Llama(nn.Module):
             position_ids: by default the number of real tokens before each in its row, cached ones included. They
                 only turn queries and keys: what a token may see follows from its place. One row may serve all.
             cache: earlier tokens of the same rows; these are added to it. Needs torch.no_grad().
+            lengths: where the one row of `input_ids` is several texts, one behind the other, how many tokens each has.
+                Each sees itself alone, and positions start again. `reference_impl.packing` puts them so.
 
         Raises:
             ValueError: the mask or the positions do not fit `input_ids`, or these do not fit `cache`.
         """
-        logits: Tensor = self.lm_head(self.model(input_ids, attention_mask, position_ids, cache))
+        logits: Tensor = self.lm_head(self.model(input_ids, attention_mask, position_ids, cache, lengths))
         return logits
 
     def session(self, max_length: int | None = None) -> Session:

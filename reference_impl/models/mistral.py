@@ -10,11 +10,11 @@ Dropout is not implemented: train() and eval() change nothing.
 Shapes: B batch, T tokens of this call, S tokens so far (cached and new).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reference_impl.config import (
@@ -28,8 +28,9 @@ from reference_impl.config import (
 from reference_impl.nn import masks, rotary
 from reference_impl.nn.attention import GroupedQueryAttention
 from reference_impl.nn.feed_forward import GatedFeedForward, activation
-from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
+from reference_impl.nn.kv_cache import Cache, KVCache, LayerCache, Session, tokens_of_call
 from reference_impl.nn.norm import RMSNorm
+from reference_impl.nn.rolling_cache import RollingCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ class MistralDecoderLayer(nn.Module):
         x: Float[Tensor, "batch seq hidden"],
         cos: Float[Tensor, "#batch seq half"],
         sin: Float[Tensor, "#batch seq half"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
+        mask: masks.Mask,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         h: Tensor = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
@@ -150,14 +151,13 @@ class MistralModel(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         config, seq = self.config, input_ids.shape[1]
-        real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
-        if cache is not None:
-            real = cache.extended(real)  # (B, S)
-        position_ids = masks.resolve_positions(position_ids, input_ids, real)  # (B or 1, T)
-        mask = masks.visible_keys(real, num_queries=seq, sliding_window=config.sliding_window)  # (B, 1, T, S)
+        tokens = tokens_of_call(input_ids, attention_mask, lengths, cache)  # (B, S)
+        position_ids = masks.resolve_positions(position_ids, input_ids, tokens)  # (B or 1, T)
+        mask = masks.visible(tokens, num_queries=seq, sliding_window=config.sliding_window)  # (B, 1, T, S)
 
         x: Tensor = self.embed_tokens(input_ids)  # (B, T, hidden)
         cos, sin = rotary.tables(position_ids, config.head_dim, config.rope_theta, config.rope_scaling, dtype=x.dtype)
@@ -165,7 +165,7 @@ class MistralModel(nn.Module):
         for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
             x = layer(x, cos, sin, mask, layer_cache)
         if cache is not None:
-            cache.commit(real)
+            cache.commit(tokens)
         hidden: Tensor = self.norm(x)
         return hidden
 
@@ -190,7 +190,8 @@ class Mistral(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
         """Logits of the token after each of `input_ids`. Logits at padding mean nothing, but are finite.
 
@@ -199,13 +200,21 @@ class Mistral(nn.Module):
             position_ids: by default the number of real tokens before each in its row, cached ones included. They
                 only turn queries and keys: what a token may see follows from its place. One row may serve all.
             cache: earlier tokens of the same rows; these are added to it. Needs torch.no_grad().
+            lengths: where the one row of `input_ids` is several texts, one behind the other, how many tokens each has.
+                Each sees itself alone, and positions start again. `reference_impl.packing` puts them so.
 
         Raises:
             ValueError: the mask or the positions do not fit `input_ids`, or these do not fit `cache`.
         """
-        logits: Tensor = self.lm_head(self.model(input_ids, attention_mask, position_ids, cache))
+        logits: Tensor = self.lm_head(self.model(input_ids, attention_mask, position_ids, cache, lengths))
         return logits
 
     def session(self, max_length: int | None = None) -> Session:
-        """A batch of texts to be fed piece by piece; `max_length` (tokens, padding included) fixes its memory."""
-        return Session(self, KVCache(num_hidden_layers=self.config.num_hidden_layers, max_length=max_length))
+        """A batch of texts to be fed piece by piece; `max_length` (tokens, padding included) fixes its memory.
+
+        With a window it is the window that does: no more than `sliding_window` tokens are kept.
+        """
+        layers, window = self.config.num_hidden_layers, self.config.sliding_window
+        if window is None:
+            return Session(self, KVCache(num_hidden_layers=layers, max_length=max_length))
+        return Session(self, RollingCache(num_hidden_layers=layers, sliding_window=window, max_length=max_length))

@@ -10,11 +10,11 @@ not implemented: train() and eval() change nothing.
 Shapes: B batch, T tokens of this call, S tokens so far (cached, new), H query heads, KV key/value heads, Dh head_dim.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reference_impl.config import (
@@ -28,7 +28,7 @@ from reference_impl.config import (
 from reference_impl.nn import masks, rotary
 from reference_impl.nn.attention import AttentionKernel, merge_heads, split_heads
 from reference_impl.nn.feed_forward import BiasedFeedForward, activation
-from reference_impl.nn.kv_cache import KVCache, LayerCache, Session
+from reference_impl.nn.kv_cache import Cache, KVCache, LayerCache, Session, tokens_of_call
 from reference_impl.nn.norm import LayerNorm
 
 # Keys of Phi's config.json that say nothing about what a forward pass computes, beside those of every family.
@@ -141,7 +141,7 @@ class PhiAttention(AttentionKernel):
         x: Float[Tensor, "batch seq hidden"],
         cos: Float[Tensor, "#batch seq half"],
         sin: Float[Tensor, "#batch seq half"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
+        mask: masks.Mask,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """`cos`, `sin`: from `rotary.tables` for `rotary_dim`. `mask`: True where a query may see a key."""
@@ -186,7 +186,7 @@ class PhiDecoderLayer(nn.Module):
         x: Float[Tensor, "batch seq hidden"],
         cos: Float[Tensor, "#batch seq half"],
         sin: Float[Tensor, "#batch seq half"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
+        mask: masks.Mask,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         normed = self.input_layernorm(x)
@@ -209,21 +209,20 @@ class PhiModel(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         config, seq = self.config, input_ids.shape[1]
-        real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
-        if cache is not None:
-            real = cache.extended(real)  # (B, S)
-        position_ids = masks.resolve_positions(position_ids, input_ids, real)  # (B or 1, T)
-        mask = masks.visible_keys(real, num_queries=seq)  # (B, 1, T, S)
+        tokens = tokens_of_call(input_ids, attention_mask, lengths, cache)  # (B, S)
+        position_ids = masks.resolve_positions(position_ids, input_ids, tokens)  # (B or 1, T)
+        mask = masks.visible(tokens, num_queries=seq)  # (B, 1, T, S)
         x: Tensor = self.embed_tokens(input_ids)  # (B, T, hidden)
         cos, sin = rotary.tables(position_ids, config.rotary_dim, config.rope_theta, config.rope_scaling, dtype=x.dtype)
         layer_caches = [None] * len(self.layers) if cache is None else cache.layers
         for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
             x = layer(x, cos, sin, mask, layer_cache)
         if cache is not None:
-            cache.commit(real)
+            cache.commit(tokens)
         hidden: Tensor = self.final_layernorm(x)
         return hidden
 
@@ -245,10 +244,11 @@ class Phi(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: masks.PaddingMask | None = None,
         position_ids: Int[Tensor, "#batch #seq"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
         """Logits of the token after each of `input_ids`; arguments and errors are those of `models.llama.Llama`."""
-        logits: Tensor = self.lm_head(self.model(input_ids, attention_mask, position_ids, cache))
+        logits: Tensor = self.lm_head(self.model(input_ids, attention_mask, position_ids, cache, lengths))
         return logits
 
     def session(self, max_length: int | None = None) -> Session:

@@ -27,10 +27,11 @@ from reference_impl.nn.norm import LayerNorm
 
 # Keys of config.json that say nothing about what a forward pass in evaluation computes, beside those of every family.
 KEYS_WITHOUT_EFFECT = WITHOUT_EFFECT | {
-    "activation_dropout", "add_bias_logits", "add_final_layer_norm", "bad_words_ids", "classifier_dropout",
-    "decoder_layerdrop", "decoder_start_token_id", "dropout", "encoder_layerdrop", "extra_pos_embeddings",
-    "forced_eos_token_id", "init_std", "is_decoder", "is_encoder_decoder", "max_length", "normalize_before",
-    "normalize_embedding", "num_beams", "num_hidden_layers", "static_position_embeddings",
+    "_num_labels", "activation_dropout", "add_bias_logits", "add_final_layer_norm", "bad_words_ids", "classif_dropout",
+    "classifier_dropout", "decoder_layerdrop", "decoder_start_token_id", "dropout", "encoder_layerdrop",
+    "extra_pos_embeddings", "forced_eos_token_id", "gradient_checkpointing", "init_std", "is_decoder",
+    "is_encoder_decoder", "max_length", "normalize_before", "normalize_embedding", "num_beams", "num_hidden_layers",
+    "static_position_embeddings",
 }  # fmt: skip
 
 # model_type → the order of sines and cosines.
@@ -249,15 +250,14 @@ class EncoderDecoder(nn.Module):
         cache: KVCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         real = masks.real_tokens(input_ids, attention_mask)  # (B, T)
-        if cache is not None:
-            real = cache.extended(real)  # (B, S)
-        x = self.decoder.embed(input_ids, real)
-        mask = masks.visible_keys(real, num_queries=input_ids.shape[1])  # (B, 1, T, S)
+        tokens = masks.in_order(real) if cache is None else cache.tokens(real)  # (B, S)
+        x = self.decoder.embed(input_ids, tokens.real)
+        mask = masks.visible(tokens, num_queries=input_ids.shape[1])  # (B, 1, T, S)
         layer_caches = [None] * len(self.decoder.layers) if cache is None else cache.layers
         for layer, pair, layer_cache in zip(self.decoder.layers, memory, layer_caches, strict=True):
             x = layer(x, mask, pair, all_real(source_real), layer_cache)
         if cache is not None:
-            cache.commit(real)
+            cache.commit(tokens)
         return x
 
 

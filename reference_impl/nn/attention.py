@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reference_impl.nn import rotary
 from reference_impl.nn.kv_cache import LayerCache
+from reference_impl.nn.masks import BlockDiagonal, Mask
 
 
 def split_heads(x: Float[Tensor, "batch seq features"], head_dim: int) -> Float[Tensor, "batch heads seq head_dim"]:
@@ -76,14 +77,18 @@ def fused_attention(
     value: Float[Tensor, "batch heads keys head_dim"],
     mask: Bool[Tensor, "#batch 1 queries keys"],
     scale: float | None = None,
+    bias: Float[Tensor, "#batch heads queries keys"] | None = None,
 ) -> Float[Tensor, "batch heads queries head_dim"]:
     """The same as weights @ value, by torch's fused kernel, which keeps no scores. `scale`: None for 1 / √Dh.
 
     What kernels do with a query that sees no key differs; here it is shown all keys and its result is set to 0.
     """
     sees_nothing = ~mask.any(dim=-1, keepdim=True)  # (B, 1, T, 1)
+    shown = mask | sees_nothing
+    if bias is not None:
+        shown = bias.masked_fill(~shown, -torch.inf)
     scale = score_scale(query.shape[-1]) if scale is None else scale
-    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask | sees_nothing, scale=scale)
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=shown, scale=scale)
     return context.masked_fill(sees_nothing, 0.0)
 
 
@@ -91,7 +96,7 @@ class AttentionKernel(nn.Module):
     """What a family's attention does between its projections: scores, softmax, weighted sum.
 
     A family's attention is a subclass with projections. When written out, two children without weights show to forward
-    hooks what no projection returns: `scores` (B, H, T, S), scaled and not yet masked, and `weights` (B, H, T, S).
+    hooks what no projection returns: `scores` (B, H, T, S), scaled, biased, not yet masked, and `weights` (B, H, T, S).
 
     Args:
         scale: factor on every score; None: 1 / √Dh.
@@ -117,16 +122,25 @@ class AttentionKernel(nn.Module):
         query: Float[Tensor, "batch heads queries head_dim"],
         key: Float[Tensor, "batch kv_heads keys head_dim"],
         value: Float[Tensor, "batch kv_heads keys head_dim"],
-        mask: Bool[Tensor, "#batch 1 queries keys"],
+        mask: Mask,
+        bias: Float[Tensor, "#batch heads queries keys"] | None = None,
     ) -> Float[Tensor, "batch heads queries head_dim"]:
-        """Mixes the values that each query may see."""
+        """Mixes the values that each query may see; `bias` is added to the scaled scores.
+
+        Texts that share a row are attended to one by one, without a bias.
+        """
+        if isinstance(mask, BlockDiagonal):
+            assert bias is None
+            texts = zip(*(heads.split(mask.lengths, dim=2) for heads in (query, key, value)), mask.blocks, strict=True)
+            return torch.cat([query[:, :, :0], *(self.attend(*text) for text in texts)], dim=2)
         key, value = (repeat_key_value_heads(heads, query.shape[1]) for heads in (key, value))  # (B, H, S, Dh)
         if self.attention == "sdpa":
-            return fused_attention(query, key, value, mask, self.scale)
+            return fused_attention(query, key, value, mask, self.scale, bias)
         if self.upcast_scores:
             working = torch.promote_types(query.dtype, torch.float32)
             query, key = query.to(working), key.to(working)
-        scores = self.scores(attention_scores(query, key, self.scale))
+        scores = attention_scores(query, key, self.scale)
+        scores = self.scores(scores if bias is None else scores + bias)
         weights: Tensor = self.weights(attention_weights(scores, mask))
         return weights.to(value.dtype) @ value
 
@@ -171,7 +185,7 @@ class GroupedQueryAttention(AttentionKernel):
         x: Float[Tensor, "batch seq hidden"],
         cos: Float[Tensor, "#batch seq half"],
         sin: Float[Tensor, "#batch seq half"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
+        mask: Mask,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """`cos`, `sin`: from `rotary.tables`, for the tokens of `x`. `mask`: True where a query may see a key."""

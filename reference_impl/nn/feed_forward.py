@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reference_impl.nn.conv1d import Conv1D
+from reference_impl.nn.norm import LayerNorm
 
 # hidden_act → its module. Φ is the normal distribution function.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -123,6 +124,26 @@ class BiasedFeedForward(nn.Module):
         return output
 
 
+class DenseFeedForward(nn.Module):
+    """One projection up, an activation, and one projection down, without biases (T5, and one expert of Switch).
+
+        y = W_o act(W_i x)
+
+    Raffel et al. 2020 (arXiv:1910.10683), section 2.1, where act is ReLU; the names are those of its code. Arithmetic
+    is in the dtype of `x`.
+    """
+
+    def __init__(self, *, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+        super().__init__()
+        self.wi = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.act = activation(hidden_act)
+        self.wo = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+        output: Tensor = self.wo(self.act(self.wi(x)))
+        return output
+
+
 class Conv1DFeedForward(nn.Module):
     """One projection up, an activation, and one projection down, stored (in, out) as in GPT, GPT-2 and GPT-3.
 
@@ -141,3 +162,26 @@ class Conv1DFeedForward(nn.Module):
     def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
         output: Tensor = self.c_proj(self.act(self.c_fc(x)))
         return output
+
+
+class NormedFeedForward(nn.Module):
+    """Two layers with ReLU between them, residual connection and norm included, as in Transformer-XL.
+
+        y = LayerNorm(x + FF(x))      with `pre_norm`      y = x + FF(LayerNorm(x))
+
+    Vaswani et al. 2017 (arXiv:1706.03762), equation 2 and section 3.1: W₁, b₁ → `CoreNet.0`, W₂, b₂ → `CoreNet.3`; 2
+    and 4 are dropout, which is not implemented. Arithmetic is in the dtype of `x`, the norm's as in `LayerNorm`.
+    """
+
+    def __init__(self, *, hidden_size: int, intermediate_size: int, eps: float, pre_norm: bool) -> None:
+        super().__init__()
+        self.pre_norm = pre_norm
+        self.CoreNet = nn.Sequential()
+        self.CoreNet.add_module("0", nn.Linear(hidden_size, intermediate_size))
+        self.CoreNet.add_module("1", nn.ReLU())
+        self.CoreNet.add_module("3", nn.Linear(intermediate_size, hidden_size))
+        self.layer_norm = LayerNorm(hidden_size=hidden_size, eps=eps)
+
+    def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+        y: Tensor = x + self.CoreNet(self.layer_norm(x)) if self.pre_norm else self.layer_norm(x + self.CoreNet(x))
+        return y

@@ -1,4 +1,4 @@
-"""Key/value cache: what attention has computed for earlier tokens, kept for later ones.
+"""Key/value caches: what attention has computed for earlier tokens, kept for later ones; here the contiguous one.
 
 Each layer holds its keys (already rotated) in one contiguous buffer (B, KV, capacity, Dh), filled from the left, and
 its values in another. A full buffer is replaced by one of twice the size, so that a token is copied O(1) times on
@@ -16,24 +16,81 @@ Padding takes a slot like any token; `real` says which slots hold real tokens, a
 Shapes: B batch, KV key/value heads, T tokens of this call, S tokens so far, Dh head_dim.
 """
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from reference_impl.nn.masks import PaddingMask
+from reference_impl.nn.masks import PaddingMask, Tokens, end_to_end, in_order, real_tokens
+
+Heads = Float[Tensor, "batch kv_heads seq head_dim"]
+
+
+class LayerCache(Protocol):
+    """What a cache keeps of one layer."""
+
+    def append(self, key: Heads, value: Heads) -> tuple[Heads, Heads]:
+        """Takes the keys and values of a call; returns those kept and these, in the order of the cache's `tokens`."""
+        ...
+
+
+class Cache(Protocol):
+    """What a model needs of a cache. For inference only: gradients do not pass through it.
+
+    One call of a model is `tokens` (before the layers), `append` in each layer, `commit` (after them). Nothing counts
+    until the commit: a call that fails half way leaves the cache as it was.
+    """
+
+    @property
+    def layers(self) -> Sequence[LayerCache]:
+        """One a layer of the model."""
+        ...
+
+    def tokens(self, real: Bool[Tensor, "batch seq"]) -> Tokens:
+        """The tokens that are kept, then those of this call. Changes nothing that later calls see."""
+        ...
+
+    def commit(self, tokens: Tokens) -> None:
+        """Ends a call: `tokens` is what the method of that name returned."""
+        ...
+
+    def state_bytes(self) -> int:
+        """Memory held between calls, in bytes."""
+        ...
+
+
+def tokens_of_call(
+    input_ids: Int[Tensor, "batch seq"],
+    attention_mask: PaddingMask | None,
+    lengths: Sequence[int] | None,
+    cache: Cache | None,
+) -> Tokens:
+    """What a model's call may look at: the tokens of `cache`, if there is one, then those of the call.
+
+    Raises:
+        ValueError: the mask or the lengths do not fit `input_ids`, these do not fit `cache`, or lengths are given with
+            a mask or a cache.
+    """
+    if lengths is not None:
+        if attention_mask is not None or cache is not None:
+            raise ValueError("lengths are for texts one behind the other, without padding: give no mask and no cache")
+        return end_to_end(input_ids, lengths)
+    real = real_tokens(input_ids, attention_mask)
+    return in_order(real) if cache is None else cache.tokens(real)
 
 
 class KVCache:
-    """The layers' buffers, and the facts that they share. For inference only: gradients do not pass through it.
+    """The contiguous cache: the layers' buffers, and the facts that they share.
 
-    One call of a model is `extended` (before the layers), `append` in each layer, `commit` (after them). All layers
-    write at the same `length`, which moves only at the commit: a call that fails half way leaves the cache as it was.
+    All layers write at the same `length`, which moves only at the commit.
     """
 
     def __init__(self, *, num_hidden_layers: int, max_length: int | None = None) -> None:
         """`max_length`: the most tokens, padding included, that a row may hold; None: as many as memory allows."""
         self.max_length = max_length
-        self.layers = [LayerCache(self) for _ in range(num_hidden_layers)]
+        self.layers = [ContiguousLayer(self) for _ in range(num_hidden_layers)]
         self.real: Bool[Tensor, "batch keys"] | None = None
 
     @property
@@ -59,9 +116,13 @@ class KVCache:
             raise ValueError(f"the cache holds a batch of {self.real.shape[0]}, got {real.shape[0]}; start a new one")
         return torch.cat((self.real, real), dim=1)
 
-    def commit(self, real: Bool[Tensor, "batch keys"]) -> None:
-        """Ends a call: `real` is what `extended` returned."""
-        self.real = real
+    def tokens(self, real: Bool[Tensor, "batch seq"]) -> Tokens:
+        """All tokens so far, in order; raises what `extended` raises."""
+        return in_order(self.extended(real))
+
+    def commit(self, tokens: Tokens) -> None:
+        """Ends a call."""
+        self.real = tokens.real
 
     def state_bytes(self) -> int:
         """Memory held, in bytes: all buffers at their capacity, and `real`."""
@@ -69,7 +130,7 @@ class KVCache:
         return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
 
 
-class LayerCache:
+class ContiguousLayer:
     """Keys and values of one layer; made by `KVCache`."""
 
     def __init__(self, cache: KVCache) -> None:
@@ -77,21 +138,20 @@ class LayerCache:
         self.keys: Float[Tensor, "batch kv_heads capacity head_dim"] | None = None
         self.values: Float[Tensor, "batch kv_heads capacity head_dim"] | None = None
 
-    def append(
-        self, key: Float[Tensor, "batch kv_heads seq head_dim"], value: Float[Tensor, "batch kv_heads seq head_dim"]
-    ) -> tuple[Float[Tensor, "batch kv_heads keys head_dim"], Float[Tensor, "batch kv_heads keys head_dim"]]:
-        """Writes the T new keys and values behind the stored ones; returns all S of both, as views of the buffers.
-
-        Raises:
-            ValueError: gradients are recorded; a buffer that is overwritten in place cannot carry them.
-        """
-        if key.requires_grad or value.requires_grad:
-            raise ValueError("a cache carries no gradients: call the model under torch.no_grad(), or without a cache")
+    def append(self, key: Heads, value: Heads) -> tuple[Heads, Heads]:
+        """Writes the T new keys and values behind the stored ones; returns all S of both, as views of the buffers."""
+        require_no_gradients(key, value)
         start, max_length = self._cache.length, self._cache.max_length
         self.keys = write(self.keys, key, start=start, max_length=max_length)
         self.values = write(self.values, value, start=start, max_length=max_length)
         stop = start + key.shape[2]
         return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+def require_no_gradients(key: Heads, value: Heads) -> None:
+    """Raises ValueError if gradients are recorded: a buffer that is overwritten in place cannot carry them."""
+    if key.requires_grad or value.requires_grad:
+        raise ValueError("a cache carries no gradients: call the model under torch.no_grad(), or without a cache")
 
 
 def write(
@@ -124,7 +184,7 @@ def next_capacity(capacity: int, *, needed: int, max_length: int | None) -> int:
 class Session:
     """Feeds a model one batch of texts in pieces of any size; what was computed is kept, not computed again."""
 
-    def __init__(self, model: nn.Module, cache: KVCache) -> None:
+    def __init__(self, model: nn.Module, cache: Cache) -> None:
         """`model` takes (input_ids, attention_mask, cache=…) and returns logits; `cache` is empty and fits it."""
         self._model = model
         self._cache = cache

@@ -3,7 +3,8 @@
 Shapes: E experts, k chosen experts a token; "*batch" stands for the axes of the tokens, usually batch and seq.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -67,21 +68,49 @@ def load_balancing_loss(
     return num_experts * (chosen_by * probability).sum()
 
 
+def router_z_loss(router_logits: Float[Tensor, "*batch experts"]) -> Float[Tensor, ""]:
+    """The loss that keeps a router's logits small.
+
+        L_z = 1/B · Σ_i (log Σ_j exp x_ij)²
+
+    Zoph et al. 2022, ST-MoE (arXiv:2202.08906), equation 5, without the factor c_z (`router_z_loss_coef`): x →
+    `router_logits`, B → how many tokens there are, in all rows. A token's own logits are all that its term depends on.
+    """
+    return router_logits.logsumexp(dim=-1).square().mean()
+
+
+@contextmanager
+def recorded_router_logits(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The logits of every router of `model`, in the order in which they are computed while the context is open."""
+    recorded: list[Tensor] = []
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    handles = [
+        router.register_forward_hook(lambda _router, _args, logits: recorded.append(logits)) for router in routers
+    ]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class Router(nn.Module):
-    """Scores every expert for a token: x · W_g, with W_g → `weight` transposed. There is no bias.
+    """Scores every expert for a token: x · W_g + b, with W_g → `weight` transposed and b → `bias`, if there is one.
 
     Arithmetic, and with it the choice of experts, is in float32, or float64 for float64 input: logits rounded to
     bfloat16 tie and flip.
     """
 
-    def __init__(self, *, hidden_size: int, num_local_experts: int) -> None:
+    def __init__(self, *, hidden_size: int, num_local_experts: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_local_experts, hidden_size))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as nn.Linear
+        self.bias = nn.Parameter(torch.zeros(num_local_experts)) if bias else None
 
     def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch experts"]:
         working = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(working), self.weight.to(working))
+        bias = None if self.bias is None else self.bias.to(working)
+        return F.linear(x.to(working), self.weight.to(working), bias)
 
 
 class Expert(nn.Module):

@@ -111,7 +111,7 @@ def sliding_window_attention(
         y_i = Σ_{j = i − W + 1}^{i} softmax_j(q_i · k_j / √Dh) v_j
 
     Beltagy et al. 2020 (arXiv:2004.05150), section 3.1; Jiang et al. 2023, Mistral 7B (arXiv:2310.06825), section 2:
-    W → `sliding_window`. See `masks.within_window` on W and W + 1. The queries are the last T of the S tokens.
+    W → `sliding_window`. See `masks.visible` on W and W + 1. The queries are the last T of the S tokens.
 
     Softmax is in float32, or float64 for float64 input; everything else in the dtype of `query`.
 

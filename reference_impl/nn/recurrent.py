@@ -6,7 +6,8 @@ Weights have torch.nn's names and layouts: for layer k `weight_ih_lk` (G·H, I, 
 by layer, forward before reverse; the batch is their second axis although it is the first one of the sequences.
 
 With `lengths`, a row counts up to its length only, whatever the pads hold: the reverse direction starts at the last
-real position, a final state is that of the row's own last step, and the output is zero at pads.
+real position, a final state is that of the row's own last step, and the output is zero at pads. `recurrent` takes any
+mask in their place: padding may stand on either side, or between real positions.
 
 Arithmetic is in float32, or float64 for float64 input; results have the dtype of `x`.
 """
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reference_impl.nn import recurrent_cells as cells
@@ -57,7 +58,8 @@ def rnn(
     Raises:
         ValueError: `nonlinearity` is neither, or `h0` is not for so many layers and directions.
     """
-    return recurrent(cells.rnn_step(nonlinearity), x, (h0,), weights, num_layers, bidirectional, lengths)
+    step = cells.rnn_step(nonlinearity)
+    return recurrent(step, x, (h0,), weights, num_layers, bidirectional, real_steps(lengths, x.shape[1]))
 
 
 def lstm(
@@ -83,7 +85,8 @@ def lstm(
     Raises:
         ValueError: `h0` is not for so many layers and directions.
     """
-    return recurrent(cells.lstm_step, x, (h0, c0), weights, num_layers, bidirectional, lengths)
+    real = real_steps(lengths, x.shape[1])
+    return recurrent(cells.lstm_step, x, (h0, c0), weights, num_layers, bidirectional, real)
 
 
 def gru(
@@ -110,7 +113,7 @@ def gru(
         ValueError: `h0` is not for so many layers and directions.
     """
     step = cells.gru_step if reset_after else cells.gru_step_reset_before
-    return recurrent(step, x, (h0,), weights, num_layers, bidirectional, lengths)
+    return recurrent(step, x, (h0,), weights, num_layers, bidirectional, real_steps(lengths, x.shape[1]))
 
 
 def recurrent(
@@ -120,9 +123,12 @@ def recurrent(
     weights: Weights,
     num_layers: int,
     bidirectional: bool,
-    lengths: Tensor | None,
+    real: Bool[Tensor, "batch seq"] | None,
 ) -> Recurrent:
-    """Layers on top of each other: each reads the outputs of all directions of the one below, joined."""
+    """Layers on top of each other: each reads the outputs of all directions of the one below, joined.
+
+    `real` is true where a position is no padding; None: everywhere. Final states have the dtype of the initial ones.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     directions = ["", "_reverse"] if bidirectional else [""]
     check_states(initial, num_layers, len(directions))
@@ -134,12 +140,12 @@ def recurrent(
         for suffix in directions:
             own = [weights[f"{kind}_l{layer}{suffix}"].to(dtype) for kind in KINDS]
             state = tuple(states[len(finals)].to(dtype) for states in initial)
-            states, final, gate = scan(step, output, state, own, lengths, reverse=bool(suffix))
+            states, final, gate = scan(step, output, state, own, real, reverse=bool(suffix))
             outputs.append(states)
             finals.append(final)
             gates.append({name: value.to(x.dtype) for name, value in gate.items()})
         output = torch.cat(outputs, dim=-1)  # (B, T, D·H)
-    stacked = tuple(torch.stack(kind).to(x.dtype) for kind in zip(*finals, strict=True))
+    stacked = tuple(torch.stack(kind).to(initial[0].dtype) for kind in zip(*finals, strict=True))
     return Recurrent(output.to(x.dtype), stacked, gates)
 
 
@@ -153,7 +159,7 @@ def check_states(initial: State, num_layers: int, directions: int) -> None:
 
 
 def scan(
-    step: Step, x: Tensor, state: State, weights: list[Tensor], lengths: Tensor | None, *, reverse: bool
+    step: Step, x: Tensor, state: State, weights: list[Tensor], real: Tensor | None, *, reverse: bool
 ) -> tuple[Tensor, State, Gates]:
     """One layer in one direction: outputs (B, T, H), final state, gates (B, T, H) by name.
 
@@ -166,10 +172,10 @@ def scan(
     gates: dict[int, Gates] = {}
     for t in time_order(len(projected), reverse):
         new, gate = step(projected[t], state, weight_hh, bias_hh)
-        real = real_rows(t, lengths)
-        outputs[t] = zero_at_pads(real, new[0])
-        gates[t] = {name: zero_at_pads(real, value) for name, value in gate.items()}
-        state = advance(real, state, new)
+        rows = real_rows(t, real)
+        outputs[t] = zero_at_pads(rows, new[0])
+        gates[t] = {name: zero_at_pads(rows, value) for name, value in gate.items()}
+        state = advance(rows, state, new)
     order = range(len(projected))
     by_name = {name: torch.stack([gates[t][name] for t in order], dim=1) for name in gates[0]}
     return torch.stack([outputs[t] for t in order], dim=1), state, by_name
@@ -180,15 +186,20 @@ def time_order(seq: int, reverse: bool) -> range:
     return range(seq - 1, -1, -1) if reverse else range(seq)
 
 
-def real_rows(t: int, lengths: Tensor | None) -> Tensor | None:
+def real_steps(lengths: Tensor | None, seq: int) -> Tensor | None:
+    """(B, T): true before a row's length; None where there are no lengths."""
+    return None if lengths is None else torch.arange(seq, device=lengths.device) < lengths[:, None]
+
+
+def real_rows(t: int, real: Tensor | None) -> Tensor | None:
     """(B, 1): which rows have a real position t; None where all have."""
-    return None if lengths is None else (t < lengths)[:, None]
+    return None if real is None else real[:, t, None]
 
 
-def zero_at_pads(real: Tensor | None, value: Tensor) -> Tensor:
-    return value if real is None else torch.where(real, value, 0.0)
+def zero_at_pads(rows: Tensor | None, value: Tensor) -> Tensor:
+    return value if rows is None else torch.where(rows, value, 0.0)
 
 
-def advance(real: Tensor | None, old: State, new: State) -> State:
+def advance(rows: Tensor | None, old: State, new: State) -> State:
     """The new state of the rows that have a real position, the old one of the others."""
-    return new if real is None else tuple(torch.where(real, n, o) for o, n in zip(old, new, strict=True))
+    return new if rows is None else tuple(torch.where(rows, n, o) for o, n in zip(old, new, strict=True))

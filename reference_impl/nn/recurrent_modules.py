@@ -1,24 +1,31 @@
-"""RNN, LSTM and GRU as modules with torch.nn's parameter names, over the functions of `recurrent`.
+"""RNN, LSTM and GRU as modules with torch.nn's parameter names, over `recurrent`.
 
-A state_dict of torch.nn's module of the same sizes (batch_first, with biases, no projection) loads as it is.
+A state_dict of torch.nn's module of the same sizes (batch_first, with biases, no projection) loads as it is. `real` is
+true where a position is no padding (B, T); None: everywhere.
 """
 
 import math
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from reference_impl.nn import recurrent
+from reference_impl.nn import recurrent_cells as cells
 from reference_impl.nn.recurrent import Recurrent
+from reference_impl.nn.recurrent_cells import State, Step
 
 
 class RecurrentModule(nn.Module):
     """The parameters of `num_layers` layers in one or two directions; `gates` blocks of hidden_size rows each."""
 
-    def __init__(self, *, input_size: int, hidden_size: int, num_layers: int, bidirectional: bool, gates: int) -> None:
+    def __init__(
+        self, *, input_size: int, hidden_size: int, num_layers: int, bidirectional: bool, gates: int, cell: Step
+    ) -> None:
         super().__init__()
         self.hidden_size, self.num_layers, self.bidirectional = hidden_size, num_layers, bidirectional
+        self.cell = cell
         suffixes = ["", "_reverse"] if bidirectional else [""]
         for layer in range(num_layers):
             below = input_size if layer == 0 else len(suffixes) * hidden_size
@@ -38,6 +45,22 @@ class RecurrentModule(nn.Module):
         """The state of zeros that stands for one that is not given."""
         return x.new_zeros(self.num_layers * (1 + self.bidirectional), len(x), self.hidden_size)
 
+    def run(self, x: Tensor, initial: State, real: Tensor | None) -> Recurrent:
+        """All layers over a whole sequence."""
+        weights = dict(self.named_parameters())
+        return recurrent.recurrent(self.cell, x, initial, weights, self.num_layers, self.bidirectional, real)
+
+    def step(self, x: Float[Tensor, "batch input"], state: State) -> State:
+        """The state, each part (B, H), after one more input, for a module of one layer in one direction.
+
+        Arithmetic and the new state are in float32, or float64 for float64 parameters.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight_ih, weight_hh, bias_ih, bias_hh = (getattr(self, f"{kind}_l0").to(dtype) for kind in recurrent.KINDS)
+        projected = F.linear(x.to(dtype), weight_ih, bias_ih)
+        new, _ = self.cell(projected, tuple(part.to(dtype) for part in state), weight_hh, bias_hh)
+        return new
+
 
 class RNN(RecurrentModule):
     """`recurrent.rnn` with its weights."""
@@ -46,17 +69,17 @@ class RNN(RecurrentModule):
         self, *, input_size: int, hidden_size: int, num_layers: int, bidirectional: bool, nonlinearity: str
     ) -> None:
         super().__init__(
-            input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bidirectional=bidirectional, gates=1
-        )
-        self.nonlinearity = nonlinearity
+            input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bidirectional=bidirectional,
+            gates=1, cell=cells.rnn_step(nonlinearity),
+        )  # fmt: skip
 
     def forward(
-        self, x: Float[Tensor, "batch seq input"], h0: Tensor | None = None, lengths: Int[Tensor, "batch"] | None = None
+        self,
+        x: Float[Tensor, "batch seq input"],
+        h0: Tensor | None = None,
+        real: Bool[Tensor, "batch seq"] | None = None,
     ) -> Recurrent:
-        return recurrent.rnn(
-            x, self.initial(x) if h0 is None else h0, dict(self.named_parameters()), num_layers=self.num_layers,
-            bidirectional=self.bidirectional, nonlinearity=self.nonlinearity, lengths=lengths,
-        )  # fmt: skip
+        return self.run(x, (self.initial(x) if h0 is None else h0,), real)
 
 
 class LSTM(RecurrentModule):
@@ -64,20 +87,17 @@ class LSTM(RecurrentModule):
 
     def __init__(self, *, input_size: int, hidden_size: int, num_layers: int, bidirectional: bool) -> None:
         super().__init__(
-            input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bidirectional=bidirectional, gates=4
-        )
+            input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bidirectional=bidirectional,
+            gates=4, cell=cells.lstm_step,
+        )  # fmt: skip
 
     def forward(
         self,
         x: Float[Tensor, "batch seq input"],
         state: tuple[Tensor, Tensor] | None = None,
-        lengths: Int[Tensor, "batch"] | None = None,
+        real: Bool[Tensor, "batch seq"] | None = None,
     ) -> Recurrent:
-        h0, c0 = state or (self.initial(x), self.initial(x))
-        return recurrent.lstm(
-            x, h0, c0, dict(self.named_parameters()), num_layers=self.num_layers,
-            bidirectional=self.bidirectional, lengths=lengths,
-        )  # fmt: skip
+        return self.run(x, state or (self.initial(x), self.initial(x)), real)
 
 
 class GRU(RecurrentModule):
@@ -87,14 +107,14 @@ class GRU(RecurrentModule):
         self, *, input_size: int, hidden_size: int, num_layers: int, bidirectional: bool, reset_after: bool
     ) -> None:
         super().__init__(
-            input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bidirectional=bidirectional, gates=3
-        )
-        self.reset_after = reset_after
+            input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bidirectional=bidirectional,
+            gates=3, cell=cells.gru_step if reset_after else cells.gru_step_reset_before,
+        )  # fmt: skip
 
     def forward(
-        self, x: Float[Tensor, "batch seq input"], h0: Tensor | None = None, lengths: Int[Tensor, "batch"] | None = None
+        self,
+        x: Float[Tensor, "batch seq input"],
+        h0: Tensor | None = None,
+        real: Bool[Tensor, "batch seq"] | None = None,
     ) -> Recurrent:
-        return recurrent.gru(
-            x, self.initial(x) if h0 is None else h0, dict(self.named_parameters()), num_layers=self.num_layers,
-            bidirectional=self.bidirectional, reset_after=self.reset_after, lengths=lengths,
-        )  # fmt: skip
+        return self.run(x, (self.initial(x) if h0 is None else h0,), real)

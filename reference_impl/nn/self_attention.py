@@ -3,12 +3,13 @@
 Shapes: B batch, T tokens of this call (queries), S tokens so far (keys), H heads, Dh head_dim, hidden = H · Dh.
 """
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from reference_impl.nn import attention as core
 from reference_impl.nn.conv1d import Conv1D
 from reference_impl.nn.kv_cache import LayerCache
+from reference_impl.nn.masks import Mask
 
 
 def split_query_key_value(
@@ -55,7 +56,7 @@ class SelfAttention(core.AttentionKernel):
     def forward(
         self,
         x: Float[Tensor, "batch seq hidden"],
-        mask: Bool[Tensor, "#batch 1 seq keys"],
+        mask: Mask,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """`mask`: True where a query may see a key."""

@@ -4,11 +4,12 @@ Shapes: B batch, T target, S source. `source_mask` is true at real positions; a 
 float32, or float64 for float64 input; results have the dtype of `memory`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Additive(NamedTuple):
@@ -47,11 +48,31 @@ def additive_attention(
     W_a → `query_weight`, U_a → `memory_weight`, v_a → `score_vector`. The paper leaves b out for readability. The query
     is the decoder's state before the step that reads the context.
     """
+    keys = additive_keys(memory, memory_weight)
+    return attend_additively(query, memory, keys, query_weight, score_vector, bias, source_mask)
+
+
+def additive_keys(
+    memory: Float[Tensor, "batch source annotation"], memory_weight: Float[Tensor, "attention annotation"]
+) -> Float[Tensor, "batch source attention"]:
+    """U_a h_j, which is the same for every step of the decoder; in the dtype of the arithmetic."""
+    memory, memory_weight = in_working_dtype(memory, memory_weight)
+    return memory @ memory_weight.T
+
+
+def attend_additively(
+    query: Float[Tensor, "batch query"],
+    memory: Float[Tensor, "batch source annotation"],
+    keys: Float[Tensor, "batch source attention"],
+    query_weight: Float[Tensor, "attention query"],
+    score_vector: Float[Tensor, "attention"],
+    bias: Float[Tensor, "attention"] | None = None,
+    source_mask: Bool[Tensor, "batch source"] | None = None,
+) -> Additive:
+    """`additive_attention` with U_a h_j computed before."""
     dtype = memory.dtype
-    query, memory, query_weight, memory_weight, score_vector = in_working_dtype(
-        query, memory, query_weight, memory_weight, score_vector
-    )
-    inner = (query @ query_weight.T)[:, None] + memory @ memory_weight.T  # (B, S, attention)
+    memory, query, query_weight, score_vector = in_working_dtype(memory, query, query_weight, score_vector)
+    inner = (query @ query_weight.T)[:, None] + keys  # (B, S, attention)
     if bias is not None:
         inner = inner + bias.to(inner.dtype)
     energies = inner.tanh() @ score_vector  # (B, S)
@@ -141,3 +162,51 @@ def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
 def in_working_dtype(*tensors: Tensor) -> list[Tensor]:
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return [tensor.to(dtype) for tensor in tensors]
+
+
+class Source(NamedTuple):
+    """What a decoder reads of its source at every step: annotations h, U_a h, and which positions are no padding."""
+
+    memory: Float[Tensor, "batch source annotation"]
+    keys: Float[Tensor, "batch source attention"]
+    real: Bool[Tensor, "batch source"]
+
+
+class AdditiveAttention(nn.Module):
+    """`additive_attention` with its weights; scores (energies), weights and context of a step can be hooked."""
+
+    def __init__(self, *, query_size: int, memory_size: int, attention_size: int) -> None:
+        super().__init__()
+        self.query_weight = nn.Parameter(torch.empty(attention_size, query_size))
+        self.memory_weight = nn.Parameter(torch.empty(attention_size, memory_size))
+        self.bias = nn.Parameter(torch.empty(attention_size))
+        self.score_vector = nn.Parameter(torch.empty(attention_size))
+        self.scores, self.weights, self.context = nn.Identity(), nn.Identity(), nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform between ±1/√fan_in, the bias zero."""
+        for parameter in (self.query_weight, self.memory_weight, self.score_vector):
+            bound = 1 / math.sqrt(parameter.shape[-1])
+            nn.init.uniform_(parameter, -bound, bound)
+        nn.init.zeros_(self.bias)
+
+    def read(self, memory: Float[Tensor, "batch source annotation"], real: Bool[Tensor, "batch source"]) -> Source:
+        """A source, prepared once for all steps.
+
+        Raises:
+            ValueError: a row has no real position, over which the softmax is undefined.
+        """
+        if not real.any(dim=-1).all():
+            row = int(real.any(dim=-1).logical_not().nonzero()[0])
+            raise ValueError(f"row {row} of the source is all padding; attention needs one real token a row")
+        return Source(memory, additive_keys(memory, self.memory_weight), real)
+
+    def forward(self, query: Float[Tensor, "batch query"], source: Source) -> Float[Tensor, "batch annotation"]:
+        found = attend_additively(
+            query, source.memory, source.keys, self.query_weight, self.score_vector, self.bias, source.real
+        )
+        self.scores(found.energies)
+        self.weights(found.attention_weights)
+        context: Tensor = self.context(found.context)
+        return context

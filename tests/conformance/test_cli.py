@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from click.testing import CliRunner, Result
 import conformance
 from conformance.cases import Manifest
 from conformance.cli import main
+from conformance.families import FAMILIES
 from conformance.report.model import OUTCOMES
 from conformance.suite import checks
 
@@ -253,6 +255,29 @@ def test_exported_case_can_be_opened_from_its_directory(exported: Path) -> None:
     assert torch.equal(opened.expected["logits"], original.expected["logits"])
 
 
+def test_an_exported_case_is_judged_from_its_directory_and_said_to_be_there(exported: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "run.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "conformance", "run", "fakes.py:Zeros", "--case", str(exported), "--check",
+         "golden.logits", "--dtype", "float64", "--save", str(saved)],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert f"--case {exported} --check golden.logits" in done.stdout
+    assert [claim["directory"] for claim in json.loads(saved.read_text())["claims"]] == [str(exported)]
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("missing", ["recipe", "claims"])
+def test_a_directory_that_does_not_say_what_it_claims_is_refused(exported: Path, tmp_path: Path, missing: str) -> None:
+    shutil.copytree(exported, tmp_path / "case")
+    provenance = tmp_path / "case" / "provenance.json"
+    content = json.loads(provenance.read_text())
+    del content[missing]
+    provenance.write_text(json.dumps(content))
+    done = python(f"from conformance.cli import main; main(['run', 'reference', '--case', {str(tmp_path / 'case')!r}])")
+    assert (done.returncode, "says neither recipe nor claims" in done.stdout + done.stderr) == (2, True)
+
+
 def test_transformers_loads_an_export_and_agrees_in_true_double(exported: Path) -> None:
     import torch
 
@@ -314,3 +339,78 @@ def test_golden_of_an_unknown_family_exits_2_and_says_what_there_is(what: str, t
     done = command("golden", what, "lama", "--fixtures", str(tmp_path))
     assert done.exit_code == 2
     assert re.search(r"unknown family lama; there is .*\bllama\b", done.output)
+
+
+NEEDS = "needs transformers<=4.37.2, this is 5.23.0"
+
+
+@pytest.fixture
+def another_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release of transformers that has no Transformer-XL, whatever is installed."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("conformance.oracles.version", lambda _: "5.23.0")
+
+
+@pytest.mark.usefixtures("another_release")
+@pytest.mark.parametrize(("what", "done"), [("make", "made"), ("verify", "verified")])
+def test_golden_whose_oracle_is_in_another_release_exits_2_and_says_which(what: str, done: str, tmp_path: Path) -> None:
+    shutil.copy(Manifest().directory / "MANIFEST.json", tmp_path)
+    before = (tmp_path / "MANIFEST.json").read_bytes()
+    result = command("golden", what, "transformer_xl", "--fixtures", str(tmp_path))
+    assert result.exit_code == 2
+    assert f"transformer_xl: not {done} here: {NEEDS}" in result.output.splitlines()
+    assert "goldens verified" not in result.output
+    assert (tmp_path / "MANIFEST.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("another_release")
+@pytest.mark.parametrize(
+    ("arguments", "problems", "exit_code", "last"),
+    [
+        ((), [], 0, "all other goldens verified"),
+        (("gpt", "transformer_xl"), [], 2, "all other goldens verified"),
+        (("gpt", "transformer_xl"), ["gpt/plain: differs"], 1, "1 differences"),
+        (("gpt",), [], 0, "all goldens verified"),
+    ],
+)
+def test_golden_verify_counts_apart_what_it_cannot_verify(
+    arguments: tuple[str, ...], problems: list[str], exit_code: int, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified: list[str] = []
+    monkeypatch.setattr("conformance.golden.verify", lambda names, *_: verified.extend(names) or problems)
+    result = command("golden", "verify", *arguments)
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (exit_code, last)
+    assert "transformer_xl" not in verified
+    asked = list(arguments) or list(FAMILIES)
+    apart = f"1 of {len(asked)} families not verified here: transformer_xl"
+    assert (apart in result.output) == ("transformer_xl" in asked)
+    assert (f"transformer_xl: not verified here: {NEEDS}" in result.output) == ("transformer_xl" in asked)
+
+
+@pytest.mark.parametrize(
+    ("release", "declared"),
+    [("5.23.0", "llama and others"), ("4.35.2", "transformer_xl"), ("4.37.2", "transformer_xl"), ("4.38.0", "neither")],
+)
+def test_hf_declares_families_whose_model_the_release_has(
+    release: str, declared: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from conformance.implementations.hf import IMPLEMENTATIONS
+
+    monkeypatch.setattr("conformance.oracles.version", lambda _: release)
+    families = IMPLEMENTATIONS["hf"].families
+    wanted = {"llama and others": (True, False), "transformer_xl": (False, True), "neither": (False, False)}
+    assert ("llama" in families, "transformer_xl" in families) == wanted[declared]
+    assert "transformer_xl" not in IMPLEMENTATIONS["hf-sdpa"].families
+
+
+def test_oracle_of_a_component_needs_no_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import PackageNotFoundError
+
+    from conformance.oracles import oracle_missing
+
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("conformance.oracles.version", absent)
+    assert oracle_missing("rms_norm") is None
+    assert oracle_missing("transformer_xl") == "needs transformers<=4.37.2, which is not installed"

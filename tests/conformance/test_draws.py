@@ -196,3 +196,8 @@ def test_draws_leave_torchs_random_state_alone() -> None:
     before = torch.random.get_rng_state()
     draws.tensor("state", "mlp.up_proj.weight", (5, 7))
     assert torch.random.get_rng_state().equal(before)
+
+
+def test_a_few_integers_are_the_same_without_torch() -> None:
+    for low, high in ((0, 1), (-5, 7), (0, 0x7FFF), (3, 3)):
+        assert draws.few_integers("label", 500, low, high) == draws.integers("label", 500, low, high).tolist()

@@ -1,4 +1,4 @@
-"""Mistral's and Mixtral's recipes obey the config rules: what hides mistakes in other people's tests does not occur.
+"""What is special to the cases of Mistral and Mixtral, beside the rules for every family.
 
 Sizes and sets of keys are stated here as literals, so that a change of a recipe that weakens it is noticed.
 """
@@ -10,19 +10,10 @@ import torch
 
 from conformance.families import Family, Recipe, get
 from conformance.golden.model import draw_inputs, draw_weights
-from conformance.probes import VOCABULARY
-from conformance.suite import checks
-
-transformers = pytest.importorskip("transformers")
 
 MISTRAL, MIXTRAL = get("mistral"), get("mixtral")
 RECIPES = {recipe.name: recipe for family in (MISTRAL, MIXTRAL) for recipe in family.recipes}
-FIELD_RECIPES = [recipe for recipe in RECIPES.values() if recipe.field]
-ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
 
-both_families = pytest.mark.parametrize("family", [MISTRAL, MIXTRAL], ids=lambda family: family.name)
-every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-every_field_recipe = pytest.mark.parametrize("recipe", FIELD_RECIPES, ids=lambda recipe: recipe.name)
 windowed_recipe = pytest.mark.parametrize(
     "recipe",
     [r for r in RECIPES.values() if (r.config.get("sliding_window") or 4096) < 4096],
@@ -33,10 +24,6 @@ distinct = pytest.mark.parametrize("name", ["mistral/distinct", "mixtral/distinc
 
 def family_of(recipe: Recipe) -> Family:
     return get(recipe.name.split("/")[0])
-
-
-def plain_of(recipe: Recipe) -> Recipe:
-    return RECIPES[f"{family_of(recipe).name}/plain"]
 
 
 def sizes(recipe: Recipe) -> dict[str, int]:
@@ -126,16 +113,6 @@ def test_square_has_every_size_equal() -> None:
     assert set(MIXTRAL.tensor_shapes(RECIPES["mixtral/square"].config).values()) == {(24, 24), (24,), (4, 24)}
 
 
-@every_recipe
-def test_every_case_has_two_layers_or_more_and_dropout_that_evaluation_must_not_apply(recipe: Recipe) -> None:
-    config = recipe.config
-    assert config["num_hidden_layers"] >= 2
-    if not recipe.name.endswith("/field-absent"):
-        assert config["attention_dropout"] > 0
-        assert config.get("router_jitter_noise", 0.1) > 0
-        assert ("router_jitter_noise" in config) == (family_of(recipe) is MIXTRAL)
-
-
 # --- the window -----------------------------------------------------------------------------------------------------
 
 
@@ -197,188 +174,7 @@ def test_coarse_dtypes_are_claimed_only_where_token_ids_were_chosen_for_it(recip
     assert coarse == ({"bfloat16", "float16"} if recipe.input_ids else set())
 
 
-# --- inputs and weights ---------------------------------------------------------------------------------------------
-
-
-@every_recipe
-def test_rows_of_a_batch_begin_with_different_tokens_and_have_different_lengths(recipe: Recipe) -> None:
-    inputs = draw_inputs(recipe)
-    assert tuple(inputs["input_ids"].shape) == (recipe.batch, recipe.seq)
-    assert len({tuple(tokens) for tokens in inputs["input_ids"][:, :2].tolist()}) == recipe.batch
-    if recipe.batch > 1:
-        lengths = inputs["lengths"].tolist()
-        assert len(set(lengths)) == recipe.batch
-        assert (min(lengths), max(lengths)) == (1, recipe.seq)
-
-
-@every_recipe
-def test_pads_hold_ids_that_no_real_token_has(recipe: Recipe) -> None:
-    inputs = draw_inputs(recipe)
-    real = set(inputs["input_ids"].flatten().tolist())
-    assert max(real) < recipe.config["vocab_size"]
-    assert real.isdisjoint(inputs.get("padding_ids", torch.tensor([])).flatten().tolist())
-
-
-@every_recipe
-def test_no_two_tensors_that_may_be_confused_are_equal(recipe: Recipe) -> None:
-    weights = draw_weights(family_of(recipe), recipe)
-    by_shape: dict[tuple[int, ...], list[str]] = {}
-    for name, tensor in weights.items():
-        by_shape.setdefault(tuple(tensor.shape), []).append(name)
-    pairs = (pair for names in by_shape.values() for pair in combinations(names, 2))
-    assert [(a, b) for a, b in pairs if weights[a].equal(weights[b])] == []
-
-
-# --- the checkpoint -------------------------------------------------------------------------------------------------
-
-
-def library_model(recipe: Recipe) -> "transformers.PreTrainedModel":
-    family = family_of(recipe)
-    config_class = getattr(transformers, family.oracle.replace("ForCausalLM", "Config"))
-    with torch.device("meta"):
-        return getattr(transformers, family.oracle)(config_class.from_dict(dict(recipe.config)))
-
-
-@every_recipe
-def test_checkpoint_holds_the_tensors_that_hugging_face_saves(recipe: Recipe) -> None:
-    from transformers.core_model_loading import revert_weight_conversion
-
-    model = library_model(recipe)
-    theirs = revert_weight_conversion(model, dict(model.named_parameters()))
-    assert family_of(recipe).tensor_shapes(recipe.config) == {n: tuple(t.shape) for n, t in theirs.items()}
-
-
-@every_recipe
-def test_both_spellings_of_the_rotary_parameters_say_the_same(recipe: Recipe) -> None:
-    config = recipe.config
-    if config.keys() >= ROPE_KEYS:
-        scaling = config["rope_scaling"] or {"rope_type": "default"}
-        assert {"rope_theta": config["rope_theta"]} | scaling == config["rope_parameters"]
-    else:
-        assert recipe.name.split("/")[1] in {
-            "field-rope_parameters-only", "field-rope_theta-rope_scaling-only", "field-absent",
-        }  # fmt: skip
-
-
-# --- fields and keys ------------------------------------------------------------------------------------------------
-
-SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-
-# Keys of Hugging Face's configs that cannot change the logits in evaluation, and why not.
-WITHOUT_EFFECT = {
-    "_name_or_path", "architectures", "model_type", "transformers_version",  # what it is called
-    "dtype",  # how it is stored; the implementation is told what to run in
-    "attention_dropout", "router_jitter_noise",  # in training only
-    "output_router_logits", "router_aux_loss_coef",  # in the loss only
-    "initializer_range",  # before training only
-    "max_position_embeddings",  # a limit
-    "bos_token_id", "eos_token_id", "pad_token_id",  # in generation
-    "use_cache", "return_dict", "output_hidden_states", "output_attentions",  # what is returned
-    "chunk_size_feed_forward",  # the order of computation
-    "is_encoder_decoder",  # no other value is one of these here
-    "id2label", "label2id", "problem_type",  # classification heads
-}  # fmt: skip
-
-
-@both_families
-def test_every_key_of_hugging_face_is_a_field_a_size_or_known_to_have_no_effect(family: Family) -> None:
-    """A key that a new release adds must be sorted into one of the three."""
-    keys = set(library_model(RECIPES[f"{family.name}/plain"]).config.to_dict())
-    fields = {field.name for field in family.fields}
-    assert keys - fields - {"rope_parameters"} - SIZES - WITHOUT_EFFECT == set()
-    assert fields - keys == {"rope_theta", "rope_scaling"}
-
-
-@both_families
-def test_defaults_of_hugging_face_are_those_of_plain(family: Family) -> None:
-    plain = RECIPES[f"{family.name}/plain"]
-    config_class = getattr(transformers, family.oracle.replace("ForCausalLM", "Config"))
-    defaults = config_class().to_dict()
-    stated = {f.name for f in family.fields} - {"head_dim", "num_key_value_heads", "rope_theta", "rope_scaling"}
-    assert {name: plain.config[name] for name in stated} == {name: defaults[name] for name in stated}
-    assert plain.config["rope_parameters"] == defaults["rope_parameters"]
-
-
-@both_families
-def test_absent_case_is_plain_to_hugging_face(family: Family) -> None:
-    absent, plain = (library_model(RECIPES[f"{family.name}/{n}"]).config.to_dict() for n in ("field-absent", "plain"))
-    assert {key for key in plain if absent[key] != plain[key]} <= WITHOUT_EFFECT
-
-
-@both_families
-def test_every_field_has_a_case_that_moves_it_and_says_so(family: Family) -> None:
-    for field in family.fields:
-        moving = [r for r in FIELD_RECIPES if family_of(r) is family and r.field.split(" ")[0] == field.name]
-        assert [r for r in moving if r.config.get(field.name) != plain_of(r).config.get(field.name)], field.name
-
-
-# Not made from plain: sizes of its own.
-OF_THEIR_OWN = {"mistral/window"}
-
-
-@every_field_recipe
-def test_field_case_moves_its_field_alone(recipe: Recipe) -> None:
-    """All rotary keys count as one: their two spellings move together.  `field-absent` moves nothing: it leaves out."""
-    config, plain = recipe.config, plain_of(recipe).config
-    moved = {key for key in config.keys() | plain.keys() if config.get(key) != plain.get(key)}
-    if recipe.name.endswith("/field-absent"):
-        assert config.items() <= plain.items()
-    elif recipe.field.split(" ")[0] in ROPE_KEYS:
-        assert moved <= ROPE_KEYS
-    elif recipe.name not in OF_THEIR_OWN:
-        assert moved == {recipe.field.split(" ")[0]}
-
-
-# The shapes or names of the tensors forbid it; up to 4,096 tokens a null window is the default one.
-CANNOT_BE_IGNORED = {"head_dim", "num_key_value_heads", "num_local_experts", "tie_word_embeddings"}
-
-
-@every_field_recipe
-def test_field_case_knows_what_ignoring_its_field_gives(recipe: Recipe) -> None:
-    assert f"{recipe.field} ignored" in recipe.counterfactuals or recipe.field in CANNOT_BE_IGNORED | {
-        "absent keys", "sliding_window (null)",
-    }  # fmt: skip
-
-
-# --- claims and probes ----------------------------------------------------------------------------------------------
-
-STORED_FOR = {
-    "golden.positions": "positions",
-    "golden.loss": "loss",
-    "golden.gradients": "gradients",
-    "golden.blocks": "blocks",
-}
-
-
-@every_recipe
-def test_claims_are_of_checks_that_exist_and_what_they_need_is_stored(recipe: Recipe) -> None:
-    assert set(recipe.claims) <= set(checks())
-    assert all(recipe.claims.values())
-    assert recipe.store - {"probes"} == {needed for check, needed in STORED_FOR.items() if check in recipe.claims}
-
-
-@both_families
-def test_every_check_is_claimed_by_some_case(family: Family) -> None:
-    of_models = {check for check in checks() if not check.startswith("component.")}
-    assert {check for recipe in family.recipes for check in recipe.claims} == of_models
-
-
-@every_recipe
-def test_probes_have_vocabulary_names_stand_after_their_parents_and_lead_to_the_logits(recipe: Recipe) -> None:
-    specs = family_of(recipe).probes(recipe.config)
-    layers = range(recipe.config["num_hidden_layers"])
-    known = {name.replace("layers.N.", f"layers.{n}.") for name in VOCABULARY for n in layers}
-    axes = family_of(recipe).probe_sizes(recipe.config, recipe.batch, recipe.seq)
-    seen: set[str] = set()
-    for spec in specs:
-        assert spec.name in known - seen
-        assert set(spec.parents) <= seen
-        assert all(axes[axis] > 0 for axis in spec.axes)
-        seen.add(spec.name)
-    needed = {"logits"}
-    for spec in reversed(specs):
-        assert spec.name in needed
-        needed |= set(spec.parents)
+# --- probes ---------------------------------------------------------------------------------------------------------
 
 
 def test_probes_of_the_experts() -> None:
@@ -387,14 +183,3 @@ def test_probes_of_the_experts() -> None:
     assert feed_forward == ["norm", "router_logits", "routing_weights", "expert_outputs", "output"]
     assert specs["layers.1.feed_forward.router_logits"].axes == ("batch", "seq", "expert")
     assert specs["layers.1.feed_forward.expert_outputs"].axes == ("batch", "seq", "choice", "hidden")
-
-
-@distinct
-@pytest.mark.parametrize("layer", [0, 1])
-def test_block_checkpoint_is_a_one_layer_checkpoint_of_that_block(name: str, layer: int) -> None:
-    recipe = RECIPES[name]
-    family, weights = family_of(recipe), draw_weights(family_of(recipe), recipe)
-    config, block = family.block_checkpoint(recipe.config, weights, torch.zeros(4, 11, 26), layer)
-    assert {name: tuple(t.shape) for name, t in block.items()} == family.tensor_shapes(config)
-    moved = [n for n in block if ".layers." in n]
-    assert all(block[n].equal(weights[n.replace("layers.0.", f"layers.{layer}.")]) for n in moved)

@@ -99,7 +99,7 @@ def test_manifest_lists_the_cases_in_the_recipes_order_with_their_claims(goldens
         "llama/field-mlp_bias": {"golden.logits": ["float64"]},
     }
     assert list(content["cases"]) == ["llama/small", "llama/field-mlp_bias"]
-    assert content["claims"] == 4
+    assert content["claims"] == 5
 
 
 def test_weights_are_the_draws_of_the_recipes_label(goldens: Path) -> None:

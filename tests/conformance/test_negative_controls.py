@@ -25,7 +25,9 @@ def test_a_correct_twin_passes_every_claim(layout: str) -> None:
     for (case, dtype), group in groupby(claims, key=lambda claim: (claim.case, claim.dtype)):
         session = Judge(implementation, Case(case, MANIFEST), dtype, "cpu")
         results += [judge(known[claim.check], claim, lambda session=session: session) for claim in group]
-    unsupported = {"golden.loss"} | ({"golden.gradients"} if layout == "fused_sdpa" else set())
+    unsupported = {"golden.loss", "packed.logits", "packed.isolation"} | (
+        {"golden.gradients"} if layout == "fused_sdpa" else set()
+    )
     wanted = {claim: "unsupported" if claim.check in unsupported else "pass" for claim in CLAIMS}
     assert {result.claim: result.outcome for result in results} == wanted
 

@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown family": (("--family", "lama"), r"unknown family lama; there is (.*, )?llama\b"),
     "unknown case": (("--case", "llama/plane"), r"unknown case llama/plane; there is (.*, )?llama/plain\b"),
     "unknown check": (("--check", "golden.logit"), r"unknown check golden.logit; there is .*\bgolden.logits\b"),
-    "unknown dtype": (("--dtype", "int8"), r"unknown dtype int8; there is bfloat16, float16, float32, float64"),
+    "unknown dtype": (("--dtype", "int8"), r"unknown dtype int8; there is bfloat16, exact, float16, float32, float64"),
     "no such claim": (
         ("--case", CASE, "--check", "golden.gradients"),
         rf"no claim matches the selection: case {CASE}, check golden.gradients",

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conformance.families import FAMILIES, get
+from conformance.oracles import oracle_missing
 from conformance.sizes import PUBLISHED, Published, read_figure
 
 every_model = pytest.mark.parametrize("model", PUBLISHED, ids=lambda model: model.name)
@@ -44,6 +45,8 @@ def reference(model: Published) -> Shapes:
 def hugging_face(model: Published) -> Shapes:
     """By the names that the library saves: those of the hub, also where it fuses tensors in memory (Mixtral)."""
     transformers = pytest.importorskip("transformers")
+    if missing := oracle_missing(model.family):
+        pytest.skip(f"{model.family} {missing}")
     from transformers.core_model_loading import revert_weight_conversion
 
     name, config = get(model.family).oracle, dict(model.config)
@@ -67,8 +70,12 @@ def test_reference_has_the_parameters_of_hugging_face_by_name_and_shape(model: P
 
 
 @every_model
-def test_both_have_as_many_parameters_as_are_stated(model: Published) -> None:
+def test_reference_has_as_many_parameters_as_are_stated(model: Published) -> None:
     assert count(reference(model)) == model.parameters
+
+
+@every_model
+def test_hugging_face_has_as_many_parameters_as_are_stated(model: Published) -> None:
     assert count(hugging_face(model)) == model.parameters
 
 
@@ -77,9 +84,10 @@ def test_family_says_that_a_checkpoint_holds_these_tensors(model: Published) -> 
     assert get(model.family).tensor_shapes(dict(model.config)) == reference(model)
 
 
-@every_model
+@pytest.mark.parametrize("model", [m for m in PUBLISHED if m.printed], ids=lambda model: model.name)
 def test_paper_prints_this_number_rounded_or_cut(model: Published) -> None:
     shapes = reference(model)
+    assert model.printed is not None
     printed, last_digit = read_figure(model.printed)
     counted = model.parameters - sum(math.prod(shapes[name]) for name in model.omitted)
     assert abs(counted - printed) < last_digit
@@ -96,6 +104,7 @@ def test_contradicted_figure_is_another_number(model: Published, figure: str) ->
 
 @pytest.mark.parametrize("model", [m for m in PUBLISHED if m.omitted], ids=lambda model: model.name)
 def test_nothing_is_omitted_without_need(model: Published) -> None:
+    assert model.printed is not None
     printed, last_digit = read_figure(model.printed)
     assert abs(model.parameters - printed) >= last_digit
 
@@ -135,6 +144,23 @@ def test_mixtral_uses_as_many_parameters_for_a_token_as_are_announced() -> None:
     idle = {n: s for n, s in reference(model).items() if any(f".experts.{e}." in n for e in experts)}
     active, last_digit = read_figure("12.9B")
     assert abs(model.parameters - count(idle) - active) < last_digit
+
+
+@pytest.mark.parametrize(
+    ("figure", "width", "inside", "heads", "layers", "step", "experts"),
+    [("26B", 1024, 4096, 16, 24, 2, 128), ("1571B", 2080, 6144, 32, 15, 1, 2048)],
+    ids=["Switch-Large", "Switch-C"],
+)
+def test_larger_switches_have_as_many_parameters_as_are_printed(
+    figure: str, width: int, inside: int, heads: int, layers: int, step: int, experts: int
+) -> None:
+    """Fedus et al. 2021, table 9.  They have too many modules to be built, so the tensors are counted."""
+    config = {
+        "vocab_size": 32128, "d_model": width, "d_kv": 64, "d_ff": inside, "num_heads": heads, "num_layers": layers,
+        "num_decoder_layers": layers, "encoder_sparse_step": step, "decoder_sparse_step": step, "num_experts": experts,
+    }  # fmt: skip
+    printed, last_digit = read_figure(figure)
+    assert abs(count(get("switch_transformer").tensor_shapes(config)) - printed) < last_digit
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

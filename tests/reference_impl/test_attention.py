@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from reference_impl.nn import attention, masks, rotary
-from reference_impl.nn.attention import GroupedQueryAttention
+from reference_impl.nn.attention import AttentionKernel, GroupedQueryAttention
 
 BATCH, SEQ, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 3, 5, 10, 6, 2, 4
 
@@ -202,3 +202,17 @@ def test_hooked_scores_are_not_masked_yet():
 def test_an_unknown_backend_is_refused_by_name():
     with pytest.raises(ValueError, match="attention='flash' must be 'eager'"):
         block(backend="flash")
+
+
+def test_a_bias_is_added_to_the_scaled_scores_by_both_kernels():
+    """The last query sees nothing: its result is 0 whatever its bias."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 4, generator=generator, dtype=torch.float64) for n in (5, 6, 6))
+    bias = torch.randn(1, 3, 5, 6, generator=generator, dtype=torch.float64)
+    mask = torch.ones(2, 1, 5, 6, dtype=torch.bool).tril(1)
+    mask[:, :, -1] = False
+    weights = ((query @ key.transpose(2, 3)) * 0.3 + bias).masked_fill(~mask, -1e9).softmax(-1)
+    expected = weights.masked_fill(~mask, 0.0) @ value
+    for kernel in ("eager", "sdpa"):
+        found = AttentionKernel(kernel, scale=0.3).attend(query, key, value, mask, bias)
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)

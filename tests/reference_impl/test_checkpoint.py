@@ -1,4 +1,7 @@
 import json
+import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -6,10 +9,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from reference_impl import checkpoint
+from reference_impl import checkpoint, stored_tensors
 from reference_impl.checkpoint import CheckpointError, load_config, load_model, load_weights, save_model
 from reference_impl.models.gpt2 import GPT2, GPT2Config
 from reference_impl.models.llama import Llama, LlamaConfig
+from reference_impl.models.mixtral import Mixtral, MixtralConfig
+from reference_impl.stored_tensors import read_header
 
 CONFIG = LlamaConfig(
     vocab_size=17,
@@ -302,10 +307,245 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path, content, fault):
 
 def test_an_unknown_family_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(CheckpointError, match=r"model_type='bert' must be one of \['gpt2', 'gpt3', 'llama'"):
+    with pytest.raises(CheckpointError, match=r"model_type='bert' must be one of \[.*'gpt2', 'gpt3', 'llama'"):
         load_model(tmp_path)
 
 
 def test_a_checkpoint_error_is_a_value_error_that_names_the_directory(tmp_path):
     with pytest.raises(ValueError, match=str(tmp_path)):
         load_config(tmp_path)
+
+
+def test_every_loading_fault_of_a_config_names_the_file(saved):
+    for content, fault in {
+        '{"model_type": ["llama"]}': r"model_type=\['llama'\] must be one of",
+        '{"model_type": "llama", "hidden_size": "wide"}': "config.json: hidden_size='wide' must be of type int",
+        '{"model_type": "llama", "qk_norm": true}': r"config.json: unknown keys \['qk_norm'\]",
+        "[" * 100_000: "config.json is not JSON",
+        "\x00": "config.json is not JSON",
+    }.items():
+        (saved / "config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=fault):
+            load_model(saved)
+
+
+def test_bytes_that_are_no_text_are_no_config(saved):
+    (saved / "config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(CheckpointError, match=r"config\.json is not JSON"):
+        load_model(saved)
+
+
+def test_a_directory_in_the_place_of_a_file_is_refused(saved):
+    (saved / SINGLE).unlink()
+    (saved / SINGLE).mkdir()
+    (fault,) = faults_of(saved)
+    assert fault.startswith("model.safetensors is corrupt or cut short: ")
+
+
+def change_config(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_more_blocks_than_tensors_are_refused_before_they_are_built(saved):
+    change_config(saved, num_hidden_layers=10**9)
+    with pytest.raises(CheckpointError, match=r"says num_hidden_layers=1000000000, the files hold \d+ at most"):
+        load_model(saved)
+
+
+def test_sizes_beyond_64_bits_are_refused(saved):
+    change_config(saved, vocab_size=10**30)
+    with pytest.raises(CheckpointError, match=r"config\.json describes a model that cannot be built"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9000000000]}}',
+        b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [9223372036854775807, 9223372036854775807], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}',
+        b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}',
+        b'{"\xff": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+        b"[" * 10_000,
+    ],
+    ids=range(13),
+)
+def test_an_absurd_header_is_refused(saved, header):
+    (saved / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    (fault,) = faults_of(saved)
+    assert fault.startswith("model.safetensors is corrupt or cut short: ")
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**12], ids=str)
+def test_an_absurd_length_of_the_header_is_refused(saved, length):
+    content = (saved / SINGLE).read_bytes()
+    (saved / SINGLE).write_bytes(length.to_bytes(8, "little") + content[8:])
+    (fault,) = faults_of(saved)
+    assert fault.startswith("model.safetensors is corrupt or cut short: ")
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error_that_names_the_tensor(saved):
+    entry = read_header(saved / SINGLE)["model.norm.weight"]
+    content = (saved / SINGLE).read_bytes()
+    (saved / SINGLE).write_bytes(content[: entry.start + 4])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read at model\.norm\.weight: it ends 36"):
+        entry.read()
+    (saved / SINGLE).unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read at model\.norm\.weight"):
+        entry.read()
+
+
+@pytest.mark.parametrize("file", ["\0", "x" * 5000, "", "."], ids=["nul", "long", "empty", "dot"])
+def test_what_is_no_name_of_a_file_is_a_missing_file(sharded, file):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = file
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert any("which is missing, for model.norm.weight" in fault for fault in faults_of(sharded))
+
+
+@pytest.mark.parametrize("name", ["config.json", SINGLE, INDEX, "model-00001-of-00002.safetensors"])
+def test_random_damage_is_an_error_or_harmless(tmp_path, saved, sharded, name):
+    """100 times a few bytes of a file are overwritten, or its end is cut off; in a third, near its beginning."""
+    path = saved if name in (SINGLE, "config.json") else sharded
+    file = path / name if (path / name).exists() else sorted(path.glob("*.safetensors"))[0]
+    content, chance = file.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(100):
+        damaged = bytearray(content)
+        for _ in range(chance.choice([1, 1, 2, 8])):
+            end = len(damaged) if chance.random() < 2 / 3 else min(40, len(damaged))
+            damaged[chance.randrange(end)] = chance.choice([0, 0xFF, *b'0123456789"{[,-', chance.randrange(256)])
+        if chance.random() < 0.1:
+            del damaged[chance.randrange(len(damaged)) :]
+        file.write_bytes(damaged)
+        try:
+            load_model(path)
+        except CheckpointError:
+            refused += 1
+    assert 0 < refused < 100
+
+
+# --- other layouts
+
+
+def mixtral():
+    config = MixtralConfig(
+        vocab_size=17, hidden_size=10, intermediate_size=7, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=4, num_local_experts=5, num_experts_per_tok=2,
+    )  # fmt: skip
+    return Mixtral(config)
+
+
+def fused(tensors):
+    """The tensors of a Mixtral as transformers 5 can write them: the experts of a layer together."""
+    together = {name: tensor for name, tensor in tensors.items() if ".block_sparse_moe." not in name}
+    for layer in (0, 1):
+        moe, mlp = f"model.layers.{layer}.block_sparse_moe", f"model.layers.{layer}.mlp"
+        w1, w2, w3 = ([tensors[f"{moe}.experts.{e}.w{n}.weight"] for e in range(5)] for n in (1, 2, 3))
+        together[f"{mlp}.gate.weight"] = tensors[f"{moe}.gate.weight"]
+        together[f"{mlp}.experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(w1, w3, strict=True)])
+        together[f"{mlp}.experts.down_proj"] = torch.stack(w2)
+    return together
+
+
+def test_experts_stored_together_are_read(tmp_path):
+    model = mixtral()
+    save_model(model, tmp_path)
+    save_file(fused(load_file(tmp_path / SINGLE)), tmp_path / SINGLE)
+    assert_same_parameters(load_model(tmp_path), model)
+    assert_same_parameters(load_model(tmp_path, dtype=torch.float64), model.double())
+
+
+def test_experts_stored_together_with_another_shape_are_faults(tmp_path):
+    save_model(mixtral(), tmp_path)
+    together = fused(load_file(tmp_path / SINGLE))
+    together["model.layers.0.mlp.experts.gate_up_proj"] = torch.ones(5, 13, 10)
+    together["model.layers.1.mlp.experts.down_proj"] = torch.ones(4, 10, 7)
+    save_file(together, tmp_path / SINGLE)
+    faults = faults_of(tmp_path, mixtral())
+    assert "model.layers.0.mlp.experts.gate_up_proj is unexpected: shape (5, 13, 10), in model.safetensors" in faults
+    assert "model.layers.0.block_sparse_moe.experts.4.w1.weight is missing: wanted (7, 10)" in faults
+    assert "model.layers.1.block_sparse_moe.experts.4.w2.weight is missing: wanted (10, 7)" in faults
+    assert len(faults) == 12
+
+
+def test_experts_of_a_dtype_that_is_not_read_are_faults(tmp_path):
+    save_model(mixtral(), tmp_path)
+    together = fused(load_file(tmp_path / SINGLE))
+    together["model.layers.0.mlp.experts.down_proj"] = torch.ones(5, 10, 7, dtype=torch.int8)
+    save_file(together, tmp_path / SINGLE)
+    assert len(faults_of(tmp_path, mixtral())) == 5
+
+
+def test_each_tensor_keeps_its_own_dtype(saved):
+    """Norms in float32, matrices in bfloat16 or float16, as some checkpoints are."""
+    mixed = {"model.norm.weight": torch.float64, "lm_head.weight": torch.bfloat16}
+    edit(saved / SINGLE, **{name: load_file(saved / SINGLE)[name].to(dtype) for name, dtype in mixed.items()})
+    loaded = load_model(saved).state_dict()
+    assert {name: loaded[name].dtype for name in mixed} == mixed
+    assert loaded["model.embed_tokens.weight"].dtype == torch.float32
+    as_one = load_model(saved, dtype=torch.float32).state_dict()
+    assert {tensor.dtype for tensor in as_one.values()} == {torch.float32}
+    assert torch.equal(as_one["lm_head.weight"], llama().lm_head.weight.bfloat16().float())
+
+
+def test_a_tensor_larger_than_a_run_is_read_whole(saved, monkeypatch):
+    """In runs of 7 of its 170 elements; the last one is shorter."""
+    monkeypatch.setattr(stored_tensors, "RUN", 7)
+    assert_same_parameters(load_model(saved), llama())
+    assert_same_parameters(load_model(saved, dtype=torch.bfloat16), llama().bfloat16())
+
+
+# --- what no computation needs
+
+
+def test_keys_that_change_nothing_survive_a_round_trip(saved, tmp_path):
+    kept = {"eos_token_id": [2, 7], "bos_token_id": 1, "max_position_embeddings": 99, "_name_or_path": "me/mine"}
+    change_config(saved, **kept)
+    save_model(load_model(saved), tmp_path / "again")
+    assert load_config(tmp_path / "again") == load_config(saved)
+    assert load_config(saved).items() >= kept.items()
+
+
+def test_what_is_computed_by_is_written_as_it_is_now(saved, tmp_path):
+    """A null that was derived is written out; the dtype is that of the model, in the spelling of the file."""
+    change_config(saved, num_key_value_heads=3, head_dim=4, dtype="float32")
+    config = load_config(saved)
+    del config["torch_dtype"]
+    (saved / "config.json").write_text(json.dumps(config))
+    save_model(load_model(saved, dtype=torch.bfloat16), tmp_path / "again")
+    assert load_config(tmp_path / "again") == config | {"dtype": "bfloat16"}
+
+
+# --- memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("stored", "loaded"), [("float32", "None"), ("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_loading_takes_no_more_memory_than_the_weights_and_a_tenth(saved, tmp_path, stored, loaded):
+    """In a process of its own: by how much its largest memory grows, over the weights as they are then."""
+    config = LlamaConfig(
+        vocab_size=4000, hidden_size=1024, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=16
+    )
+    model = Llama(config).to(getattr(torch, stored))
+    save_model(model, tmp_path / "large")
+    program = f"""
+import pathlib, torch
+from reference_impl.checkpoint import load_model
+largest = lambda: int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+load = lambda path: load_model(path, dtype={"None" if loaded == "None" else f"torch.{loaded}"})
+load({str(saved)!r})  # what the libraries need once for all
+before = largest()
+model = load({str(tmp_path / "large")!r})
+print((largest() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 0.9 < float(done.stdout) <= 1.1

@@ -63,6 +63,12 @@ def test_numbers_must_be_positive(changes):
         config.require_positive(Sizes(**changes))
 
 
+def test_numbers_that_are_named_may_be_anything():
+    config.require_positive(Sizes(scale=-0.5), but=("scale",))
+    with pytest.raises(ValueError, match="width=0 must be greater than 0"):
+        config.require_positive(Sizes(width=0, scale=-0.5), but=("scale",))
+
+
 def test_division_with_a_rest_is_refused_with_both_numbers():
     config.require_divisible(Sizes(part=4), "width", "part", "")
     with pytest.raises(ValueError, match="width=12 must be divisible by part=5; give a divisor of it"):

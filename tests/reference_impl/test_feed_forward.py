@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from reference_impl.nn import feed_forward
-from reference_impl.nn.feed_forward import BiasedFeedForward, Conv1DFeedForward, GatedFeedForward
+from reference_impl.nn.feed_forward import (
+    BiasedFeedForward,
+    Conv1DFeedForward,
+    DenseFeedForward,
+    GatedFeedForward,
+    NormedFeedForward,
+)
 
 
 def gelu_tanh(x):
@@ -13,6 +19,7 @@ def gelu_tanh(x):
 
 EQUATIONS = {
     "silu": lambda x: x / (1 + math.exp(-x)),
+    "swish": lambda x: x / (1 + math.exp(-x)),
     "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
@@ -122,3 +129,37 @@ def test_the_conv1d_block_follows_the_equation():
             inner = [u / (1 + math.exp(-u)) for u in project(block.c_fc, x[b, t].tolist())]
             expected[b, t] = torch.tensor(project(block.c_proj, inner), dtype=torch.float64)
     torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_norm_and_residual_connection_are_part_of_the_normed_block(pre_norm):
+    block = NormedFeedForward(hidden_size=4, intermediate_size=6, eps=0.01, pre_norm=pre_norm).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(generator=generator)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)
+    w = block.state_dict()
+
+    def norm(values):
+        centred = values - values.mean(-1, keepdim=True)
+        root = (centred.square().mean(-1, keepdim=True) + 0.01).sqrt()
+        return centred / root * w["layer_norm.weight"] + w["layer_norm.bias"]
+
+    def feed(values):
+        inner = (values @ w["CoreNet.0.weight"].T + w["CoreNet.0.bias"]).clamp(min=0)
+        return inner @ w["CoreNet.3.weight"].T + w["CoreNet.3.bias"]
+
+    expected = x + feed(norm(x)) if pre_norm else norm(x + feed(x))
+    torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("hidden_act", ["relu", "silu"])
+def test_the_block_without_biases_follows_its_equation(hidden_act):
+    block = DenseFeedForward(hidden_size=3, intermediate_size=4, hidden_act=hidden_act).double()
+    x = torch.tensor([[0.3, -1.2, 0.5]], dtype=torch.float64)
+    act = {"relu": lambda v: max(v, 0.0), "silu": lambda v: v / (1 + math.exp(-v))}[hidden_act]
+    inside = [act(sum(map(float.__mul__, row, x[0].tolist()))) for row in block.wi.weight.tolist()]
+    expected = [sum(map(float.__mul__, row, inside)) for row in block.wo.weight.tolist()]
+    torch.testing.assert_close(block(x), torch.tensor([expected], dtype=torch.float64), rtol=1e-13, atol=1e-13)
+    assert [name for name, _ in block.named_parameters()] == ["wi.weight", "wo.weight"]

@@ -14,9 +14,9 @@ def chunk(seq, first):
 
 def feed(cache, seq, first):
     """One call of a model with one layer; values are the negated keys."""
-    real = cache.extended(torch.ones(BATCH, seq, dtype=torch.bool))
+    tokens = cache.tokens(torch.ones(BATCH, seq, dtype=torch.bool))
     keys, values = cache.layers[0].append(chunk(seq, first), -chunk(seq, first))
-    cache.commit(real)
+    cache.commit(tokens)
     return keys, values
 
 
@@ -64,7 +64,7 @@ def test_another_batch_size_is_refused_with_both_numbers():
 
 def test_remembers_which_tokens_were_real():
     cache = KVCache(num_hidden_layers=1)
-    cache.commit(cache.extended(torch.tensor([[False, True], [True, True]])))
+    cache.commit(cache.tokens(torch.tensor([[False, True], [True, True]])))
     extended = cache.extended(torch.tensor([[True], [False]]))
     assert torch.equal(extended, torch.tensor([[False, True, True], [True, True, False]]))
 
@@ -80,10 +80,10 @@ def test_a_call_that_was_not_committed_leaves_no_trace():
 
 def test_all_layers_of_a_call_write_at_the_same_place():
     cache = KVCache(num_hidden_layers=2)
-    real = cache.extended(torch.ones(BATCH, 3, dtype=torch.bool))
+    tokens = cache.tokens(torch.ones(BATCH, 3, dtype=torch.bool))
     cache.layers[0].append(chunk(3, first=0), chunk(3, first=0))
     keys, _ = cache.layers[1].append(chunk(3, first=10), chunk(3, first=10))
-    cache.commit(real)
+    cache.commit(tokens)
     assert torch.equal(keys, chunk(3, first=10))
 
 

@@ -141,3 +141,31 @@ def test_padding_does_not_count_in_the_load_balancing_loss():
 
 def test_even_use_of_all_experts_has_a_loss_of_k():
     assert moe.load_balancing_loss([10 * torch.eye(5)[None]], 1).item() == pytest.approx(1.0)
+
+
+# --- the router's bias, and its losses
+
+
+def test_bias_of_a_router_is_added_in_float32():
+    router = Router(hidden_size=6, num_local_experts=5, bias=True).to(torch.bfloat16)
+    with torch.no_grad():
+        router.bias.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0, 1.0]))
+    x = tokens(4).to(torch.bfloat16)
+    assert torch.equal(router(x), x.float() @ router.weight.float().T + router.bias.float())
+    assert list(dict(Router(hidden_size=6, num_local_experts=5).named_parameters())) == ["weight"]
+
+
+def test_z_loss_is_the_mean_of_squared_log_sums():
+    expected = sum(math.log(sum(math.exp(v) for v in token)) ** 2 for token in LOGITS.tolist()) / 2
+    assert moe.router_z_loss(LOGITS[None]).item() == pytest.approx(expected, rel=1e-14)
+
+
+def test_router_logits_are_recorded_in_their_order_and_only_inside():
+    layers = torch.nn.Sequential(mixture(), mixture(1))
+    x = tokens(2, 3)
+    with moe.recorded_router_logits(layers) as recorded:
+        layers(x)
+    layers(x)
+    assert len(recorded) == 2
+    close(recorded[0], layers[0].gate(x))
+    close(recorded[1], layers[1].gate(layers[0](x)))

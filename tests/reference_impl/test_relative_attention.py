@@ -1,7 +1,15 @@
+import math
+
 import pytest
 import torch
 
-from reference_impl.nn.relative_attention import relative_attention, relative_shift
+from reference_impl.nn.relative_attention import (
+    RelativePositions,
+    RelativeSelfAttention,
+    relative_attention,
+    relative_shift,
+)
+from reference_impl.nn.segment_memory import visible_keys
 
 
 def drawn(*shape, seed=0):
@@ -79,3 +87,72 @@ def test_gradients_reach_the_memory():
 def test_fewer_distances_than_keys_are_refused_with_both_numbers():
     with pytest.raises(ValueError, match="4 distances are too few for 5 keys"):
         relative_attention(drawn(1, 3, 6), drawn(4, 6), **weights(6, 2, 3), memory=drawn(1, 2, 6))
+
+
+# --- as a module
+
+
+def module(attention="eager", **biases):
+    made = RelativeSelfAttention(
+        hidden_size=6, num_attention_heads=2, head_dim=3, attention=attention, **biases
+    ).double()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(generator=generator)
+    return made
+
+
+def functional(made, x, memory):
+    parts = dict(zip(("q", "k", "v"), made.qkv_net.weight.chunk(3), strict=True))
+    parts |= {"r": made.r_net.weight, "o": made.o_net.weight}
+    return relative_attention(
+        x, drawn(7, 6, seed=1), content_bias=made.r_w_bias, position_bias=made.r_r_bias, memory=memory,
+        **{f"{name}_proj_weight": weight for name, weight in parts.items()},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_module_computes_the_function(attention):
+    made, x, memory = module(attention), drawn(2, 3, 6), drawn(2, 4, 6, seed=2)
+    got = made.attend(torch.cat((memory, x), dim=1), drawn(7, 6, seed=1), visible_keys(3, 7, None))
+    torch.testing.assert_close(got, functional(made, x, memory)["y"], rtol=1e-12, atol=1e-12)
+
+
+def test_what_no_projection_returns_can_be_hooked():
+    made, x, memory, seen = module(), drawn(2, 3, 6), drawn(2, 4, 6, seed=2), {}
+    for name in ("query", "key", "value", "content_scores", "position_scores", "weights"):
+        made.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out}))
+    made.attend(torch.cat((memory, x), dim=1), drawn(7, 6, seed=1), visible_keys(3, 7, None))
+    wanted = functional(made, x, memory)
+    for name in ("content_scores", "position_scores", "weights"):
+        torch.testing.assert_close(seen[name], wanted[name], rtol=1e-12, atol=1e-12)
+    assert {name: tuple(seen[name].shape) for name in ("query", "key", "value")} == {
+        "query": (2, 2, 3, 3), "key": (2, 2, 7, 3), "value": (2, 2, 7, 3),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_window_hides_what_is_far(attention):
+    made, known, distances = module(attention), drawn(2, 7, 6), drawn(7, 6, seed=1)
+    changed = known.clone()
+    changed[:, 3] += 1
+    before, after = (made.attend(x, distances, visible_keys(3, 7, 2)) for x in (known, changed))
+    assert torch.equal(before[:, 1:], after[:, 1:])
+    assert not torch.isclose(before[:, 0], after[:, 0]).any()
+
+
+def test_biases_may_be_shared():
+    u, v = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in "uv")
+    made = RelativeSelfAttention(hidden_size=6, num_attention_heads=2, head_dim=3, content_bias=u, position_bias=v)
+    assert made.r_w_bias is u
+    assert made.r_r_bias is v
+
+
+@pytest.mark.parametrize("clamp_len", [0, -1, 2, 9])
+def test_positions_are_sinusoids_of_distances_up_to_the_clamp(clamp_len):
+    rows = RelativePositions(hidden_size=4, clamp_len=clamp_len)(drawn(1, 1, 4), 5)
+    for distance in range(5):
+        place = min(distance, clamp_len) if clamp_len > 0 else distance
+        expected = [math.sin(place), math.sin(place / 100), math.cos(place), math.cos(place / 100)]
+        torch.testing.assert_close(rows[distance], torch.tensor(expected, dtype=torch.float64), rtol=1e-13, atol=1e-13)

@@ -1,5 +1,6 @@
-"""The Switch layer, one token at a time, in float64."""
+"""The Switch layer and its losses, one token at a time, in float64."""
 
+import math
 from typing import Any
 
 import torch
@@ -40,3 +41,30 @@ def one_row(x: Tensor, W_r: Tensor, wi: Tensor, wo: Tensor, capacity: int) -> di
         "probabilities": torch.stack(probabilities),
         "dispatched": torch.stack(dispatched),
     }
+
+
+def balancing_loss(router_logits: list[list[float]]) -> float:
+    """The auxiliary loss of one layer, without its coefficient.  Fedus et al. 2021, equations 4 to 6.
+
+        loss = N Σ_i f_i P_i,   f_i = 1/T Σ_x 1{argmax p(x) = i},   P_i = 1/T Σ_x p_i(x)
+
+    router_logits: of each of the batch's T tokens, for each of N experts.  Tokens that an expert has no room for count:
+    f is about the choice, not about what becomes of it.
+    """
+    experts = len(router_logits[0])
+    chosen, probability = [0] * experts, [0.0] * experts
+    for h in router_logits:
+        chosen[h.index(max(h))] += 1
+        total = math.fsum(map(math.exp, h))
+        for i in range(experts):
+            probability[i] += math.exp(h[i]) / total
+    tokens = len(router_logits)
+    return experts * math.fsum(c / tokens * p / tokens for c, p in zip(chosen, probability, strict=True))
+
+
+def z_loss(router_logits: list[list[float]]) -> float:
+    """The z-loss of one layer, without its coefficient.  Zoph et al. 2022 (arXiv:2202.08906), equation 5.
+
+    loss = 1/B Σ_x (log Σ_i exp h_i(x))² over the batch's B tokens.
+    """
+    return math.fsum(math.log(math.fsum(map(math.exp, h))) ** 2 for h in router_logits) / len(router_logits)
