@@ -73,7 +73,7 @@ def mutant(*mistakes: Mistake) -> Implementation:
     def load(checkpoint: Any) -> Any:
         with patch:
             model = reference.load(checkpoint)
-        return _model_under(patch, model)
+        return model_under(patch, model)
 
     name = "reference_impl with " + " and ".join(mistake.id for mistake in mistakes)
     return Implementation(name, name, frozenset(FAMILIES), frozenset(DTYPES), load)
@@ -88,7 +88,7 @@ def _under(patch: Patch, function: Callable[..., Any]) -> Callable[..., Any]:
     return patched
 
 
-def _model_under(patch: Patch, model: Any) -> Any:
+def model_under(patch: Patch, model: Any) -> Any:
     """A loaded model (or a component's function) whose every call and feed runs under the patch."""
     patched: Any = _under(patch, model)
     if hasattr(model, "session"):
@@ -168,7 +168,7 @@ def _results(implementation: Implementation, claims: Iterable[Claim]) -> Iterato
     def prepared(claim: Claim) -> Judge:
         key = claim.case, claim.dtype
         if key not in judges:
-            judges[key] = Judge(implementation, _case(claim.case), claim.dtype, "cpu")
+            judges[key] = Judge(implementation, _case(claim.case), claim.dtype, "cpu", diagnoses=False)
         return judges[key]
 
     for claim in claims:
