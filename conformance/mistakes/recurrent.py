@@ -118,7 +118,7 @@ _LSTM = (
     entry(
         "lstm-hard-sigmoid", ("lstm",), Swap(LSTM, lstm(sigmoid=hard_sigmoid)),
         what="Gates use clip(0.2 x + 0.5), the old default of Keras.",
-        why="They are σ.", shows="2e-4 at tiny weights, 9e-2 at real scale.", fix="σ.",
+        why="They are σ.", shows="2e-4 at tiny weights, 9e-2 at real scale.", fix="Gates are σ: 1 / (1 + e^−x).",
         seen="tensorflow#47495, minimaxir/textgenrnn#153, onnx/tensorflow-onnx#2001",
     ),
     entry(
