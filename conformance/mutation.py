@@ -124,9 +124,9 @@ def ordered(mistake: Mistake, family: str) -> list[Claim]:
     dtypes = DTYPES if not mistake.precision else tuple(reversed(DTYPES))
 
     def key(claim: Claim) -> tuple[Any, ...]:
-        named = mistake.killed_by.index(claim.check) if claim.check in mistake.killed_by else len(mistake.killed_by)
-        label = claim.case.split("/")[1]
-        return label == "long", dtypes.index(claim.dtype) if named < len(mistake.killed_by) else 9, named, label != "distinct"
+        named, label = claim.check in mistake.killed_by, claim.case.split("/")[1]
+        first = (dtypes.index(claim.dtype), mistake.killed_by.index(claim.check)) if named else ()
+        return label == "long", not named, *first, label != "distinct"
 
     return sorted((claim for claim in _manifest().claims() if claim.family == family), key=key)
 
@@ -158,7 +158,8 @@ def judge_mutant(mistake: Mistake, family: str, *, everything: bool = False) -> 
 def _wanted(mistake: Mistake, family: str) -> list[Claim]:
     claims = ordered(mistake, family)
     if family in mistake.equivalent:
-        return [c for c in claims if c.check in mistake.killed_by and c.dtype == "float64" and not c.case.endswith("/long")]
+        plain = [c for c in claims if c.dtype == "float64" and not c.case.endswith("/long")]
+        return [c for c in plain if c.check in mistake.killed_by]
     return claims
 
 
@@ -275,10 +276,9 @@ def summary(outcomes: list[Outcome]) -> dict[str, int]:
     """How many mutants came to what, and how many of the kills were localised where the entry says."""
     counts = {status: sum(o.status == status for o in outcomes) for status in dict.fromkeys(o.status for o in outcomes)}
     looked = [o for o in outcomes if o.status == "killed" and o.localised is not None]
-    return {
-        "mistakes": len({o.mistake for o in outcomes}), "mutants": len(outcomes), **counts,
-        "localised": sum(bool(o.localised) for o in looked), "localised elsewhere": sum(not o.localised for o in looked),
-    }  # fmt: skip
+    counts = {"mistakes": len({o.mistake for o in outcomes}), "mutants": len(outcomes), **counts}
+    right = sum(bool(o.localised) for o in looked)
+    return counts | {"localised": right, "localised elsewhere": len(looked) - right}
 
 
 def to_json(outcomes: list[Outcome]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conformance.mistakes import Mistake, Swap
-from conformance.mistakes.groups import DECODERS, GPTS, LLAMAS, MODELS, TURNING
+from conformance.mistakes.groups import DECODERS, GPTS, MODELS, TURNING
 from conformance.mistakes.making import after, each, instead, on_load
 from reference_impl.nn import attention as core
 
@@ -46,7 +46,8 @@ def viewed(x: Tensor, head_dim: int) -> Tensor:
 
 
 def heads_fastest(x: Tensor, head_dim: int) -> Tensor:
-    return x.unflatten(-1, (head_dim, -1)).permute(0, 3, 1, 2)  # (B, T, Dh, H) → (B, H, T, Dh)
+    cut: Tensor = x.unflatten(-1, (head_dim, -1))  # (B, T, Dh, H)
+    return cut.permute(0, 3, 1, 2)
 
 
 def merged_as_they_lie(x: Tensor) -> Tensor:
@@ -214,10 +215,7 @@ def lowest(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def in_own_dtype(scores: Tensor, mask: Tensor) -> Tensor:
-    """Every step is rounded; torch's own softmax would accumulate in float32 whatever it is given."""
-    exponentials = (scores - lowest(scores, mask).amax(dim=-1, keepdim=True)).exp().masked_fill(~mask, 0.0)
-    total = exponentials.cumsum(dim=-1)[..., -1:]
-    return exponentials / total.masked_fill(total == 0, 1.0)
+    return torch.softmax(lowest(scores, mask), dim=-1).masked_fill(~mask, 0.0)
 
 
 def without_maximum(scores: Tensor, mask: Tensor) -> Tensor:
@@ -349,15 +347,21 @@ _SOFTMAX = (
     Mistake(
         id="attn-softmax-not-upcast",
         families=("multi_head_attention", *MODELS),
-        what="Computes the softmax in bfloat16 or float16: exponentials, their sum and the quotient are all rounded.",
-        why="The sum of many small weights loses digits.",
-        shows="Nothing in float32; in bfloat16 about as much as the rounding of the weights themselves.",
+        what="Computes the softmax in bfloat16 or float16.",
+        why="A sum of many small weights loses digits, unless the kernel accumulates in float32 on its own, as "
+        "torch's does.",
+        shows="Nothing in float32; through torch's kernels not in low precision either.",
         fix="Softmax in float32.",
         seen="transformers#28163, stanford-crfm/mistral#66, transformers#30199",
         swaps=(Swap(WEIGHTS, instead(in_own_dtype)),),
         killed_by=FORWARD,
         touches=WEIGHED,
         precision="in float32 and float64 there is nothing to upcast",
+        equivalent=dict.fromkeys(
+            ("multi_head_attention", *MODELS),
+            "policy: torch's softmax accumulates in float32 whatever it is given, and rounds its result once, as the "
+            "oracle's does",
+        ),
     ),
     Mistake(
         id="attn-softmax-without-maximum",
@@ -675,8 +679,13 @@ _OPTIONS = (
         shows="Only with the option; block 0 is right.",
         fix="layer + 1 for layers counted from 0.",
         seen="transformers#13573",
-        swaps=(layer_scale(lambda c, n, original: (
-            original(c, max(n - 1, 0)) if c.scale_attn_by_inverse_layer_idx else original(c, n))),),
+        swaps=(
+            layer_scale(
+                lambda c, n, original: (
+                    original(c, max(n - 1, 0)) if c.scale_attn_by_inverse_layer_idx else original(c, n)
+                )
+            ),
+        ),
         killed_by=("golden.logits",),
         touches=SCORED,
     ),

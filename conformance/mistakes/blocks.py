@@ -1,5 +1,6 @@
 """The residual stream: where norms stand, what is added to what, which blocks there are."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -96,8 +97,9 @@ def not_normed_feed(x: Tensor, attention: Part, one: Part, feed: Part, two: Part
 
 
 def halved(x: Tensor, attention: Part, one: Part, feed: Part, two: Part) -> Tensor:
-    h = (x + attention(one(x))) * 0.5**0.5
-    return (h + feed(two(h))) * 0.5**0.5
+    half = math.sqrt(0.5)
+    h = (x + attention(one(x))) * half
+    return (h + feed(two(h))) * half
 
 
 def sandwiched(x: Tensor, attention: Part, one: Part, feed: Part, two: Part) -> Tensor:
@@ -184,12 +186,15 @@ def last_normed(blocks: list[nn.Module]) -> list[nn.Module]:
     return [*blocks[:-1], Normed(blocks[-1])]
 
 
-def entry(identifier: str, families: tuple[str, ...], swaps: tuple[Swap, ...], touches: tuple[str, ...], **text: str) -> Mistake:
+def entry(
+    identifier: str, families: tuple[str, ...], swaps: tuple[Swap, ...], touches: tuple[str, ...], **text: str
+) -> Mistake:
     """These mistakes are all seen by a plain forward pass."""
     seen = text.pop("seen", "common knowledge")
     return Mistake(
-        id=identifier, families=families, swaps=swaps, touches=touches, killed_by=("golden.logits",), seen=seen, **text
-    )
+        id=identifier, families=families, swaps=swaps, touches=touches, killed_by=("golden.logits",), seen=seen,
+        what=text["what"], why=text["why"], shows=text["shows"], fix=text["fix"],
+    )  # fmt: skip
 
 
 MISTAKES = (
@@ -255,7 +260,8 @@ MISTAKES = (
     ),
     entry(
         "residual-halved", PRE_FAMILIES, each(PRE, rewired(halved)), (*STREAM, *NORMED),
-        what="Sums are multiplied by √½, as ConvS2S does, or by 1/√(2 · layers), which GPT-2 applies to initial weights.",
+        what="Sums are multiplied by √½, as ConvS2S does, or by 1/√(2 · layers), which GPT-2 applies to initial "
+        "weights.",
         why="GPT-2's factor is for initialisation; a checkpoint has it inside.",
         shows="Everywhere.", fix="x + f(LN(x)).",
     ),

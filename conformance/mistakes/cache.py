@@ -54,7 +54,7 @@ def values_of_this_call(original: Callable[..., Pair]) -> Callable[..., Pair]:
     """Values of earlier calls are lost: the new ones are repeated in their place."""
 
     def append(self: Any, key: Tensor, value: Tensor) -> Pair:
-        keys, values = original(self, key, value)
+        keys, _ = original(self, key, value)
         kept = keys.shape[2] - key.shape[2]
         return keys, torch.cat((value[:, :, :1].expand(-1, -1, kept, -1), value), dim=2)
 
@@ -285,7 +285,9 @@ def slot_order() -> tuple[Swap, ...]:
     return Swap(VISIBLE, visible_keys), Swap(APPEND, returned(slots))
 
 
-def entry(identifier: str, families: tuple[str, ...], swaps: tuple[Swap, ...], killed_by: tuple[str, ...], **text: Any) -> Mistake:
+def entry(
+    identifier: str, families: tuple[str, ...], swaps: tuple[Swap, ...], killed_by: tuple[str, ...], **text: Any
+) -> Mistake:
     seen = text.pop("seen", "common knowledge")
     return Mistake(
         id=identifier, families=families, swaps=swaps, killed_by=killed_by, seen=seen,

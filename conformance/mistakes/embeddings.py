@@ -325,8 +325,10 @@ def head_as_at_birth(model: Any) -> None:
 
 
 def head_always_tied(model: Any) -> None:
-    embeddings = table(model) if not hasattr(model.model if hasattr(model, "model") else model, "decoder") else (
-        model.model.decoder.embed_tokens
+    embeddings = (
+        table(model)
+        if not hasattr(model.model if hasattr(model, "model") else model, "decoder")
+        else (model.model.decoder.embed_tokens)
     )
     model.lm_head.weight = embeddings.weight
 
@@ -410,7 +412,7 @@ _TABLES = (
         what="Logits without the head's bias (Phi's lm_head.bias, Marian's final_logits_bias).",
         why="It is part of the model.",
         shows="Exactly nothing while it is 0; otherwise one constant vector at every position.",
-        fix="Add it; do not skip by the prefix \"lm_head.\" when the weight is tied.",
+        fix='Add it; do not skip by the prefix "lm_head." when the weight is tied.',
         seen="vllm#46835, transformers#35650, BAAI-DCAI/Bunny#19, ferrox#237",
         swaps=(on_model(head_bias_zero),),
         killed_by=("golden.logits",),
@@ -490,7 +492,8 @@ _TABLES = (
     Mistake(
         id="token-ids-off-by-one",
         families=DECODERS,
-        what="Ids are looked up one row further down (ids that count from 1, a token inserted in front of the vocabulary).",
+        what="Ids are looked up one row further down (ids that count from 1, a token inserted in front of the "
+        "vocabulary).",
         why="Id i is row i.",
         shows="Everywhere.",
         fix="Row i for id i.",

@@ -194,7 +194,8 @@ MISTAKES = (
     entry(
         "cross-mask-from-target", Swap(DECODER, cross_mask(of_the_target)),
         what="Cross attention is masked with the target's mask.", why="Its keys are the source's.",
-        shows="A shape error unless both are equally long; then only with padded sources.", fix="The source's key mask.",
+        shows="A shape error unless both are equally long; then only with padded sources.",
+        fix="The source's key mask.",
         seen="Kamichanw/SeekDeeper#3 (text), keras-team/keras-io#1046, lucidrains/x-transformers#174",
         killed_by=PADDED, touches=WEIGHED,
     ),
@@ -213,7 +214,8 @@ MISTAKES = (
     entry(
         "encdec-cross-padding-leak", Swap(DECODE, sessions_unmasked),
         what="While decoding from cached keys and values of the source its lengths are forgotten.",
-        why="Pads are no input.", shows="Only in sessions over padded sources.", fix="Keep the source's mask with them.",
+        why="Pads are no input.", shows="Only in sessions over padded sources.",
+        fix="Keep the source's mask with them.",
         seen="NVIDIA/FasterTransformer#270", killed_by=("cache.ragged",), touches=WEIGHED,
     ),
     entry(

@@ -52,7 +52,9 @@ def of(count: Callable[[int], int]) -> Callable[..., Any]:
             missing = num_experts_per_tok - wanted
             if missing <= 0:
                 return weights, chosen
-            return F.pad(weights, (0, missing)), torch.cat((chosen, chosen[..., :1].expand(*chosen.shape[:-1], missing)), -1)
+            return F.pad(weights, (0, missing)), torch.cat(
+                (chosen, chosen[..., :1].expand(*chosen.shape[:-1], missing)), -1
+            )
 
         return route
 
@@ -87,7 +89,8 @@ def lightest_first(original: Callable[..., Any]) -> Callable[..., Any]:
 def by_first_token(original: Callable[..., Any]) -> Callable[..., Any]:
     def route(router_logits: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
         first = router_logits[..., :1, :].expand_as(router_logits)
-        return original(first, num_experts_per_tok)
+        found: tuple[Tensor, Tensor] = original(first, num_experts_per_tok)
+        return found
 
     return route
 
@@ -186,8 +189,12 @@ _TOP_K = (
         shows="Everywhere, moderately: the heavier expert stays the heavier one.",
         fix="softmax.",
         seen="common knowledge",
-        swaps=(Swap(ROUTE, routed(lambda logits, weights, chosen: F.normalize(
-            logits.gather(-1, chosen).sigmoid(), p=1.0, dim=-1))),),
+        swaps=(
+            Swap(
+                ROUTE,
+                routed(lambda logits, weights, chosen: F.normalize(logits.gather(-1, chosen).sigmoid(), p=1.0, dim=-1)),
+            ),
+        ),
         killed_by=FORWARD,
         touches=ROUTED,
     ),
@@ -225,8 +232,11 @@ _TOP_K = (
         seen="tenstorrent/tt-metal#51009, AstrAI#57",
         swaps=(Swap(ROUTE, last_of_equals),),
         killed_by=FORWARD,
-        equivalent=dict.fromkeys(BOTH, "without ties the k largest logits are the same in any order of the experts, and "
-                                 "the suite refuses cases whose routing is nearly tied"),
+        equivalent=dict.fromkeys(
+            BOTH,
+            "without ties the k largest logits are the same in any order of the experts, and "
+            "the suite refuses cases whose routing is nearly tied",
+        ),
     ),
     Mistake(
         id="route-lightest-first",
@@ -260,10 +270,14 @@ _TOP_K = (
         shows="Only where it is not 2.",
         fix="Read num_experts_per_tok.",
         seen="common knowledge",
-        swaps=(Swap(ROUTE, of(lambda k: 2)), Swap(
-            "reference_impl.nn.moe:MixtureOfExperts.__init__",
-            lambda original: lambda self, *, num_experts_per_tok, **sizes: original(
-                self, num_experts_per_tok=2, **sizes)),
+        swaps=(
+            Swap(ROUTE, of(lambda k: 2)),
+            Swap(
+                "reference_impl.nn.moe:MixtureOfExperts.__init__",
+                lambda original: (
+                    lambda self, *, num_experts_per_tok, **sizes: original(self, num_experts_per_tok=2, **sizes)
+                ),
+            ),
         ),
         killed_by=FORWARD,
         touches=ROUTED,
@@ -307,7 +321,8 @@ _TOP_K = (
     Mistake(
         id="route-weights-misaligned",
         families=BOTH,
-        what="Weights belong to other experts than those that they are paired with: one list is sorted and the other is "
+        what="Weights belong to other experts than those that they are paired with: one list is sorted and the "
+        "other is "
         "not.",
         why="Weight j is that of expert j.",
         shows="Nothing where weights are equal.",
@@ -353,8 +368,10 @@ _TOP_K = (
         killed_by=("golden.logits",),
         touches=LOGITS,
         precision="in float32 and float64 the router is in the working dtype anyway",
-        equivalent={"mixtral": "policy: the oracle's own router computes in the model's dtype, so that the budget allows "
-                    "it; cases in which rounding could send a token elsewhere are refused"},
+        equivalent={
+            "mixtral": "policy: the oracle's own router computes in the model's dtype, so that the budget allows "
+            "it; cases in which rounding could send a token elsewhere are refused"
+        },
     ),
     Mistake(
         id="moe-jitter-in-eval",
@@ -418,7 +435,12 @@ def experts_by_string(model: Any) -> None:
 
 def reversed_function(original: Callable[..., Any]) -> Callable[..., Any]:
     def sparse_moe(
-        x: Tensor, gate_weight: Tensor, w1_weight: Tensor, w2_weight: Tensor, w3_weight: Tensor, num_experts_per_tok: int
+        x: Tensor,
+        gate_weight: Tensor,
+        w1_weight: Tensor,
+        w2_weight: Tensor,
+        w3_weight: Tensor,
+        num_experts_per_tok: int,
     ) -> Any:
         return original(x, gate_weight, w1_weight.flip(0), w2_weight.flip(0), w3_weight.flip(0), num_experts_per_tok)
 
@@ -582,7 +604,8 @@ _SWITCH = (
         "Start from zeros.", "transformers#37017, transformers#37123", Swap(SWITCH, switched(dropped_pass)),
     ),
     switch(
-        "switch-cumsum-axis", "The place in the queue is counted along the wrong axis, so that nothing is ever dropped.",
+        "switch-cumsum-axis",
+        "The place in the queue is counted along the wrong axis, so that nothing is ever dropped.",
         "Tokens queue along the sequence.", "Only where capacity is exceeded.", "cumsum over the tokens of a group.",
         "transformers#48293, transformers#48421",
         Swap(CAPACITY, sent_if(lambda wanted, capacity: wanted.cumsum(dim=-1) <= capacity)),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from conformance.mistakes import Mistake, Swap
 from conformance.mistakes.attention import bias_dropped
-from conformance.mistakes.groups import GPTS, LLAMAS, MODELS
+from conformance.mistakes.groups import GPTS, LLAMAS
 from conformance.mistakes.making import instead, on_load
 
 TABLE = "reference_impl.nn.feed_forward:activation"
@@ -69,7 +69,9 @@ def summed(gate: Tensor, up: Tensor, act_fn: Callable[[Tensor], Tensor]) -> Tens
     return act_fn(gate) + up
 
 
-def gelu_entry(identifier: str, what: str, why: str, shows: str, inner: Callable[[Tensor], Tensor], seen: str) -> Mistake:
+def gelu_entry(
+    identifier: str, what: str, why: str, shows: str, inner: Callable[[Tensor], Tensor], seen: str
+) -> Mistake:
     return Mistake(
         id=identifier, families=TANH, what=what, why=why, shows=shows,
         fix="x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))).", seen=seen, swaps=named(TANH_NAMES, tanh_form(inner)),
@@ -196,7 +198,7 @@ _ACTIVATIONS = (
         killed_by=("golden.logits",),
         touches=ACTIVATED,
     ),
-)
+)  # fmt: skip
 
 
 def component_bias_dropped(*arguments: str) -> tuple[Swap, ...]:
@@ -326,7 +328,8 @@ _LAYERS = (
     Mistake(
         id="ffn-size-rounding",
         families=("llama", "mistral"),
-        what="The width of the feed-forward layer is derived (8d/3, a multiple of something) and rounded down: the last "
+        what="The width of the feed-forward layer is derived (8d/3, a multiple of something) and rounded down: "
+        "the last "
         "units of the file are left out.",
         why="The config states intermediate_size; Meta's rule rounds up to multiple_of.",
         shows="A shape error, or a silently smaller model.",

@@ -11,6 +11,7 @@ from torch import Tensor
 from conformance.mistakes import Mistake, Swap
 from conformance.mistakes.groups import DECODERS, GPTS, LLAMAS, MODELS
 from conformance.mistakes.making import each, on_load, on_model
+from conformance.mistakes.norms import READ
 from conformance.mistakes.rotary import TURNED
 
 # config class -> its families
@@ -26,11 +27,13 @@ CONFIGS = {
 }
 LOGITS = ("golden.logits",)
 L, A, F_ = "layers.N.", "layers.N.attention.", "layers.N.feed_forward."
-EVERYWHERE = (
-    "embedding", A + "norm", A + "query", A + "key", A + "value", *TURNED, A + "scores", A + "weights", A + "context",
-    A + "output", A + "residual", A + "output_norm", F_ + "norm", F_ + "gate", F_ + "up", F_ + "activation",
-    F_ + "output", F_ + "residual", F_ + "router_logits", F_ + "expert_outputs", L + "norm", L + "output", "final_norm", "logits",
+# What a projection returns, and what the reference shows of it first.
+PROJECTED = (
+    A + "query", A + "key", A + "value", A + "query_normed", A + "key_normed", *TURNED, A + "scores", A + "context",
+    A + "output", F_ + "gate", F_ + "up", F_ + "expert_outputs", F_ + "output",
 )  # fmt: skip
+# What can be wrong first in a block whose weights are another's.
+IN_A_BLOCK = (*READ, *PROJECTED, L + "output", F_ + "router_logits")
 
 
 def fields_at(value: Callable[[Any], dict[str, Any]], *families: str) -> tuple[Swap, ...]:
@@ -47,7 +50,7 @@ def fields_at(value: Callable[[Any], dict[str, Any]], *families: str) -> tuple[S
 
 
 def entry(identifier: str, families: tuple[str, ...], swaps: tuple[Swap, ...], **text: Any) -> Mistake:
-    more = {"seen": "common knowledge", "killed_by": LOGITS, "touches": EVERYWHERE} | text
+    more = {"seen": "common knowledge", "killed_by": LOGITS, "touches": PROJECTED} | text
     return Mistake(id=identifier, families=families, swaps=swaps, **more)
 
 
@@ -107,7 +110,7 @@ _CONFIG = (
         what="The norms' ε is the default of the config class, whatever the file says.",
         why="Llama 1 has 1e-6, Llama 2 1e-5.",
         shows="Nothing at variance 1; percents where the variance is near ε.", fix="Read the field.",
-        seen="llama.cpp#2374, llama.cpp#2384, meta-llama#771",
+        seen="llama.cpp#2374, llama.cpp#2384, meta-llama#771", touches=READ,
     ),
     entry(
         "field-activation-default", ("gpt", "gpt2", "gpt3", "llama", "mistral", "mixtral", "phi", "transformer"),
@@ -143,14 +146,16 @@ _CONFIG = (
     ),
     entry(
         "field-position-layout", ("transformer",),
-        (Swap("reference_impl.models.transformer:POSITION_LAYOUTS", lambda original: dict.fromkeys(original, "concatenated")),),
+        (Swap("reference_impl.models.transformer:POSITION_LAYOUTS",
+              lambda original: dict.fromkeys(original, "concatenated")),),
         what="Marian's order of sines and cosines, whatever the model.",
         why="The paper's alternate.",
         shows="Everywhere in models of the paper's kind.", fix="Follow the model.",
         seen="tensorflow/tensor2tensor#1423", touches=("embedding",),
     ),
     entry(
-        "field-scale-embedding-ignored", ("transformer",), fields_at(lambda c: {"scale_embedding": False}, "transformer"),
+        "field-scale-embedding-ignored", ("transformer",),
+        fields_at(lambda c: {"scale_embedding": False}, "transformer"),
         what="scale_embedding is ignored: embeddings are not multiplied by √d_model.",
         why="The paper's are, and so are most of Marian's.",
         shows="Everywhere in models that scale.", fix="Read scale_embedding.",
@@ -171,7 +176,7 @@ _CONFIG = (
         why="They are fields of their own.",
         shows="Only where the two differ.", fix="Read each.",
     ),
-)
+)  # fmt: skip
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -259,7 +264,7 @@ _WEIGHTS = (
         what="GPT-2's projections are stored (in, out), and are loaded as if they were nn.Linear's.",
         why="The square one, attn.c_proj, loads either way.",
         shows="A shape error, or silence for square matrices.", fix="Transpose all four.",
-        seen="nntile#370, nntile#402, AutoGPTQ#139, mlxcel#926", touches=(A + "output", *EVERYWHERE),
+        seen="nntile#370, nntile#402, AutoGPTQ#139, mlxcel#926", touches=PROJECTED,
     ),
     entry(
         "transpose-guessed-by-shape", MODELS, (on_load(square_transposed(PROJECTIONS)),),
@@ -267,22 +272,24 @@ _WEIGHTS = (
         why="A square matrix does not say which way it lies.",
         shows="Finite garbage, exactly where two widths are equal.",
         fix="Decide by name and format; test with a model of equal widths.",
-        seen="transformers#47031",
+        seen="transformers#47031", touches=PROJECTED,
     ),
     entry(
-        "weights-missing-silent", DECODERS, (at_birth("final_layernorm.weight", "ln_f.weight", ".norm.weight", "ln_2.weight"),),
+        "weights-missing-silent", DECODERS,
+        (at_birth("final_layernorm.weight", "ln_f.weight", ".norm.weight", "ln_2.weight"),),
         what="strict=False: a tensor whose name does not match is skipped, and keeps its initial value.",
         why="It is part of the model.",
         shows="Small if it is one norm; nothing while trained and initial value agree.",
         fix="The set of names in the file equals the set of names used.",
-        seen="mosaicml/composer#2216, pytorch#141256, pytorch/torchtitan#2498",
+        seen="mosaicml/composer#2216, pytorch#141256, pytorch/torchtitan#2498", touches=READ,
     ),
     entry(
         "weights-wrong-shard", DECODERS, (on_model(last_is_first),),
         what="The last block's weights are the first's: an index maps names to the wrong file, or a name is cut short.",
         why="Every block has its own.",
-        shows="Shapes agree; wrong from the last block on.", fix="Read what the index says, and check that it is there.",
-        seen="okuvshynov/slowllama#16",
+        shows="Shapes agree; wrong from the last block on.",
+        fix="Read what the index says, and check that it is there.",
+        seen="okuvshynov/slowllama#16", touches=IN_A_BLOCK,
     ),
     entry(
         "shard-merge-axis", LLAMAS, (on_load(halves_joined_crosswise),),
@@ -310,15 +317,15 @@ _WEIGHTS = (
         what="Raw bits of one 16-bit format are taken for the other's: numbers are off by powers of two.",
         why="bfloat16 has 8 bits of exponent, float16 has 5.",
         shows="Everywhere; the right signs and digits.", fix="Read the dtype of the file's header.",
-        seen="okoge-kaz/llm-recipes#6",
+        seen="okoge-kaz/llm-recipes#6", touches=PROJECTED,
     ),
     entry(
         "weights-quantised", MODELS, (on_load(rounded_to_int8),),
         what="Weights go through 8 bits with one scale a matrix, though nobody asked for it.",
         why="That is another model.",
-        shows="About 1 %.", fix="Say so, or do not.",
+        shows="About 1 %.", fix="Say so, or do not.", touches=PROJECTED,
     ),
-)
+)  # fmt: skip
 
 
 # --- losses and gradients ---------------------------------------------------------------------------------------------
@@ -425,8 +432,8 @@ _LOSSES = (
         why="Short rows weigh too much.",
         shows="Only where rows have different numbers of scored tokens.", fix="Sum over all tokens, divide once.",
         seen="transformers#34191, transformers#24725, torchtune#1875",
-        equivalent=dict.fromkeys(DECODERS, "the loss is claimed of rows of equal length only, whose mean of means is the "
-                                 "mean; the contract has no way to leave tokens out"),
+        equivalent=dict.fromkeys(DECODERS, "the loss is claimed of rows of equal length only, whose mean of means is "
+                                 "the mean; the contract has no way to leave tokens out"),
     ),
     entry(
         "gradient-attention-stopped", DECODERS, (Swap("reference_impl.nn.attention:attention_weights", detached),),
@@ -435,6 +442,6 @@ _LOSSES = (
         shows="The forward pass is right; gradients of q_proj and k_proj are 0.", fix="Leave them in the graph.",
         killed_by=("golden.gradients",), touches=(),
     ),
-)
+)  # fmt: skip
 
 MISTAKES = (*_CONFIG, *_WEIGHTS, *_LOSSES)

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from conformance.mistakes import Mistake, Swap
-from conformance.mistakes.attention import ALL, FORWARD, MIXED, WEIGHED, WEIGHTS, softmax
+from conformance.mistakes.attention import ALL, FORWARD, WEIGHED, WEIGHTS, softmax
 from conformance.mistakes.groups import DECODERS, GPTS, MODELS, TURNING, WINDOWED
 from conformance.mistakes.making import after, instead
-from reference_impl.nn import masks
 
 CAUSAL = "reference_impl.nn.masks:causal"
 REAL = "reference_impl.nn.masks:real_tokens"
@@ -134,7 +133,7 @@ _CAUSAL = (
     Mistake(
         id="chunk-mask-dropped",
         families=MODELS,
-        what="No causal mask where the cache is not empty, since \"decoding feeds one token\".",
+        what='No causal mask where the cache is not empty, since "decoding feeds one token".',
         why="A chunk of several tokens needs its triangle.",
         shows="Only chunks of more than one token onto a cache that is not empty.",
         fix="Build the mask from T and S on every call.",
@@ -318,7 +317,9 @@ _PADDING = (
         seen="pytorch#103749",
         swaps=(Swap(WEIGHTS, full_rows(torch.finfo(torch.float32).min)),),
         killed_by=("golden.logits", "golden.left_padding", "golden.right_padding", "cache.ragged"),
-        equivalent=dict.fromkeys(MODELS, "a padding row is never a key that a real token sees, so that its value is lost"),
+        equivalent=dict.fromkeys(
+            MODELS, "a padding row is never a key that a real token sees, so that its value is lost"
+        ),
     ),
     Mistake(
         id="mask-double-min",
@@ -397,7 +398,8 @@ def wrong_axis() -> tuple[Swap, ...]:
         def from_heads(real: Tensor, *, num_queries: int) -> Tensor:
             if num_queries == real.shape[1]:
                 return original(real, num_queries=num_queries)
-            return known["keys"].shape[1] + torch.arange(num_queries).expand(len(real), -1)
+            heads: int = known["keys"].shape[1]
+            return heads + torch.arange(num_queries).expand(len(real), -1)
 
         return from_heads
 

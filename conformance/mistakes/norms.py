@@ -22,8 +22,8 @@ NORMS = (
 )  # fmt: skip
 # Where norms are not probed of their own, what reads them is the first to be wrong.
 READ = (
-    *NORMS, "layers.N.attention.query", "layers.N.attention.key", "layers.N.attention.value", "layers.N.feed_forward.up",
-    "logits",
+    *NORMS, "layers.N.attention.query", "layers.N.attention.key", "layers.N.attention.value",
+    "layers.N.feed_forward.up", "logits",
 )  # fmt: skip
 
 

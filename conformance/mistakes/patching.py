@@ -104,7 +104,11 @@ def _places(identifier: str, swap: Swap) -> Iterator[Place]:
     yield Place(vars(owner), name, original)
     for space in _namespaces(modules()):
         for other, value in space.items():
-            if value is original and not (space is vars(owner) and other == name) and (callable(value) or other == name):
+            if (
+                value is original
+                and not (space is vars(owner) and other == name)
+                and (callable(value) or other == name)
+            ):
                 yield Place(space, other, original)
 
 

@@ -89,7 +89,8 @@ _LSTM = (
         "lstm-gate-order", ("lstm",), Swap(LSTM, lstm(order="ifog")),
         what="The four blocks of rows are read as i, f, o, g.",
         why="torch and cuDNN store i, f, g, o; others store i, o, f, g (ONNX) or i, g, f, o (TensorFlow).",
-        shows="Large everywhere, from the first step on.", fix="Permute while converting; the 24 orders are few to try.",
+        shows="Large everywhere, from the first step on.",
+        fix="Permute while converting; the 24 orders are few to try.",
         seen="CrispStrobe/CrispASR#106, tensorflow#29308, keras-team/keras#3088, apple/coremltools#93",
     ),
     entry(
@@ -110,13 +111,14 @@ _LSTM = (
         "lstm-forget-bias-added", ("lstm",), Swap(LSTM, lstm(forget_bias=1.0)),
         what="1 is added to the forget gate at run time.",
         why="A trained bias contains it already (TensorFlow's files do not).",
-        shows="Exactly nothing in the first step if c_0 = 0, then everywhere.", fix="Add it while converting, if at all.",
+        shows="Exactly nothing in the first step if c_0 = 0, then everywhere.",
+        fix="Add it while converting, if at all.",
         seen="tensorflow#5090, apple/coremltools#309",
     ),
     entry(
         "lstm-hard-sigmoid", ("lstm",), Swap(LSTM, lstm(sigmoid=hard_sigmoid)),
         what="Gates use clip(0.2 x + 0.5), the old default of Keras.",
-        why="They are σ.", shows="2e-4 at tiny weights, 9e-2 at real scale.", fix="σ.",
+        why="They are σ.", shows="2e-4 at tiny weights, 9e-2 at real scale.", fix="Gates are σ: 1 / (1 + e^−x).",
         seen="tensorflow#47495, minimaxir/textgenrnn#153, onnx/tensorflow-onnx#2001",
     ),
     entry(
@@ -134,7 +136,8 @@ _LSTM = (
     ),
     entry(
         "lstm-coupled-gates", ("lstm",), Swap(LSTM, lstm(coupled=True)),
-        what="f = 1 − i.", why="The forget gate has rows of its own.", shows="Everywhere if c_0 ≠ 0.", fix="σ of its rows.",
+        what="f = 1 − i.", why="The forget gate has rows of its own.", shows="Everywhere if c_0 ≠ 0.",
+        fix="σ of its rows.",
     ),
     entry(
         "lstm-peephole", ("lstm",), Swap(LSTM, peeping),
@@ -143,7 +146,7 @@ _LSTM = (
         fix="Peepholes only where the file has weights for them.",
         seen="tensorflow#34171, webmachinelearning/webnn#385, NervanaSystems/ngraph#3733",
     ),
-)
+)  # fmt: skip
 
 
 # --- GRU cells --------------------------------------------------------------------------------------------------------
@@ -195,7 +198,8 @@ _GRU = (
     entry(
         "gru-reset-placement", ("gru",),
         Swap(GRU, lambda original: cells.gru_step_reset_before), Swap(BEFORE, lambda original: cells.gru_step),
-        what="The reset gate comes before the product, U(r ⊙ h), where it comes after it, r ⊙ (Uh + b), or the reverse.",
+        what="The reset gate comes before the product, U(r ⊙ h), where it comes after it, r ⊙ (Uh + b), or the "
+        "reverse.",
         why="Cho et al. version 3 and Keras 1 have the first, cuDNN, torch and Keras 2's reset_after the second.",
         shows="Exactly nothing in the first step if h_0 = 0; 5e-5 at tiny weights, where r ≈ ½ for all units.",
         fix="Follow the model; test with h_0 ≠ 0 and real weights.",
@@ -231,7 +235,7 @@ _GRU = (
         what="The reset gate is computed and not used.", why="It scales what n sees of the state.",
         shows="Exactly nothing in the first step if h_0 = 0 and b_hn = 0.", fix="r ⊙ (Uh + b_hn).",
     ),
-)
+)  # fmt: skip
 
 
 # --- biases, weights, states ------------------------------------------------------------------------------------------
@@ -272,6 +276,10 @@ def result_changed(change: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 def first_state_for_all(initial: State) -> State:
     return tuple(states[:1].expand_as(states) for states in initial)
+
+
+def blocks_transposed(name: str, weight: Tensor) -> Tensor:
+    return torch.cat([block.T for block in weight.split(weight.shape[1])]) if "weight_hh" in name else weight
 
 
 def merged_twice(name: str, weight: Tensor) -> Tensor:
@@ -343,7 +351,7 @@ _STATES = (
     ),
     entry(
         "rnn-recurrent-weight-transposed", ALL,
-        Swap(RECURRENT, weights_changed(lambda n, w: torch.cat([p.T for p in w.split(w.shape[1])]) if "weight_hh" in n else w)),
+        Swap(RECURRENT, weights_changed(blocks_transposed)),
         what="Each recurrent matrix is transposed: h W for W h.", why="torch stores (gates · hidden, hidden).",
         shows="Shapes agree, since each block is square; nothing in the first step if h_0 = 0.", fix="F.linear.",
         seen="tensorflow#29622, keras-team/keras#10179 (layouts of kernels)",
@@ -356,7 +364,8 @@ _STATES = (
     entry(
         "lstm-cell-state-ignored", ("lstm",),
         Swap(RECURRENT, states_changed(lambda s: (s[0], *map(torch.zeros_like, s[1:])))),
-        what="h_0 is used, and c_0 is taken for 0.", why="Both are state.", shows="Only where c_0 ≠ 0.", fix="Use both.",
+        what="h_0 is used, and c_0 is taken for 0.", why="Both are state.", shows="Only where c_0 ≠ 0.",
+        fix="Use both.",
     ),
     entry(
         "rnn-state-tuple-order", ("lstm",), Swap(RECURRENT, states_changed(lambda s: s[::-1])),
@@ -386,7 +395,8 @@ _STATES = (
     ),
     entry(
         "rnn-state-leak", ALL, leaking(),
-        what="A batch starts from the state that the one before it left.", why="Batches have nothing to do with each other.",
+        what="A batch starts from the state that the one before it left.",
+        why="Batches have nothing to do with each other.",
         shows="Only from the second call on.", fix="Reset the state.", seen="EleutherAI/gpt-neox#532 (in a cache)",
         killed_by=("component.gradients", "component.chunks", "component.outputs"),
     ),
@@ -394,7 +404,7 @@ _STATES = (
         "rnn-nonlinearity-ignored", ("rnn",), Swap(RNN, lambda original: lambda nonlinearity: original("tanh")),
         what="tanh, whatever nonlinearity says.", why="It may be relu.", shows="Only with relu.", fix="Read it.",
     ),
-)
+)  # fmt: skip
 
 
 # --- directions and lengths -------------------------------------------------------------------------------------------
@@ -469,7 +479,8 @@ _DIRECTIONS = (
     ),
     entry(
         "rnn-lengths-ignored", ALL, Swap(REAL, instead(lambda t, lengths: None)),
-        what="lengths are accepted and not used.", why="Pads are no input.", shows="Only in rows shorter than the longest.",
+        what="lengths are accepted and not used.", why="Pads are no input.",
+        shows="Only in rows shorter than the longest.",
         fix="Use them.", seen="bentrevett/pytorch-seq2seq#90",
     ),
     entry(
@@ -480,7 +491,8 @@ _DIRECTIONS = (
     ),
     entry(
         "rnn-pads-not-zeroed", ALL, Swap(PADS, instead(lambda real, value: value)),
-        what="Outputs at pads are whatever was computed there.", why="The contract says 0, as torch's packed sequences do.",
+        what="Outputs at pads are whatever was computed there.",
+        why="The contract says 0, as torch's packed sequences do.",
         shows="Only in pads.", fix="Zero them.",
     ),
     entry(
@@ -501,7 +513,8 @@ _DIRECTIONS = (
     ),
     entry(
         "birnn-halves-crossed", ALL, Swap(RECURRENT, result_changed(reverse_first)),
-        what="The reverse direction's outputs come first.", why="Forward first.", shows="Values are right, in other columns.",
+        what="The reverse direction's outputs come first.", why="Forward first.",
+        shows="Values are right, in other columns.",
         fix="cat((forward, reverse)).",
     ),
     entry(
@@ -515,7 +528,7 @@ _DIRECTIONS = (
         shows="Nothing if the batch is sorted already.", fix="Index with the inverse permutation.",
         seen="mead-ml/mead-baseline#677, pytorch#15225",
     ),
-)
+)  # fmt: skip
 
 
 # --- LSTMN ------------------------------------------------------------------------------------------------------------
@@ -585,7 +598,8 @@ _TAPES = (
     ),
     tapes(
         "lstmn-summary-not-fed", "intra_attention", without_summary,
-        what="W_h̃ h̃_{t−1} is left out of the scores.", why="Equation 4 has it.", shows="Everywhere with more than one entry.",
+        what="W_h̃ h̃_{t−1} is left out of the scores.", why="Equation 4 has it.",
+        shows="Everywhere with more than one entry.",
         fix="Add it.",
     ),
     tapes(
@@ -602,6 +616,6 @@ _TAPES = (
         what="New entries are put at the front of the tapes.", why="Entry i is step i.",
         shows="Outputs are read from the wrong end.", fix="Append.",
     ),
-)
+)  # fmt: skip
 
 MISTAKES = (*_LSTM, *_GRU, *_STATES, *_DIRECTIONS, *_TAPES)

@@ -154,7 +154,8 @@ _PAIRS = (
         id="rope-keys-not-rotated",
         families=TURNING,
         what="Rotates the queries only.",
-        why="The score must depend on the difference of positions; with one side turned it depends on the query's alone.",
+        why="The score must depend on the difference of positions; with one side turned it depends on the query's "
+        "alone.",
         shows="Position 0 is right; the error grows with the position of the query.",
         fix="Rotate both, with the same tables.",
         seen="common knowledge",
@@ -183,7 +184,10 @@ _PAIRS = (
         fix="Rotate q and k only.",
         seen="tenstorrent/tt-mlir#8958",
         swaps=each(
-            ("reference_impl.nn.attention:GroupedQueryAttention.forward", "reference_impl.models.phi:PhiAttention.forward"),
+            (
+                "reference_impl.nn.attention:GroupedQueryAttention.forward",
+                "reference_impl.models.phi:PhiAttention.forward",
+            ),
             values_too,
         ),
         killed_by=FORWARD,
@@ -279,7 +283,8 @@ _FREQUENCIES = (
     Mistake(
         id="rope-parameters-unread",
         families=TURNING,
-        what="Reads rope_theta and rope_scaling at the top level and not rope_parameters, where transformers 5 puts them.",
+        what="Reads rope_theta and rope_scaling at the top level and not rope_parameters, where transformers 5 "
+        "puts them.",
         why="A config.json written by transformers 5 may have no other place.",
         shows="Only for files of transformers 5 alone: the base and scaling fall back to defaults.",
         fix="Read both spellings, and refuse a file in which they disagree.",
@@ -417,8 +422,15 @@ _FREQUENCIES = (
         fix="turns = original_max_position_embeddings · θ / 2π.",
         seen="common knowledge",
         swaps=(
-            Swap(LLAMA3, lambda original: lambda frequency, s: original(frequency, replace(
-                s, original_max_position_embeddings=s.original_max_position_embeddings * 2 * math.pi))),
+            Swap(
+                LLAMA3,
+                lambda original: (
+                    lambda frequency, s: original(
+                        frequency,
+                        replace(s, original_max_position_embeddings=s.original_max_position_embeddings * 2 * math.pi),
+                    )
+                ),
+            ),
         ),
         killed_by=FORWARD,
         touches=TURNED,
@@ -432,9 +444,16 @@ _FREQUENCIES = (
         fix="(1 − s) · θ/factor + s · θ with s rising from the slow threshold to the fast one.",
         seen="common knowledge",
         swaps=(
-            Swap(LLAMA3, lambda original: lambda frequency, s: (
-                frequency + frequency / s.factor - original(frequency, s)
-                if frequency / s.factor < original(frequency, s) < frequency else original(frequency, s))),
+            Swap(
+                LLAMA3,
+                lambda original: (
+                    lambda frequency, s: (
+                        frequency + frequency / s.factor - original(frequency, s)
+                        if frequency / s.factor < original(frequency, s) < frequency
+                        else original(frequency, s)
+                    )
+                ),
+            ),
         ),
         killed_by=FORWARD,
         touches=TURNED,
@@ -448,8 +467,14 @@ _FREQUENCIES = (
         fix="Interpolate between the thresholds.",
         seen="common knowledge",
         swaps=(
-            Swap(LLAMA3, lambda original: lambda frequency, s: (
-                original(frequency, s) if original(frequency, s) == frequency / s.factor else frequency)),
+            Swap(
+                LLAMA3,
+                lambda original: (
+                    lambda frequency, s: (
+                        original(frequency, s) if original(frequency, s) == frequency / s.factor else frequency
+                    )
+                ),
+            ),
         ),
         killed_by=FORWARD,
         touches=TURNED,
@@ -596,7 +621,7 @@ _PARTIAL = (
 
 def to_neighbours(tensor: Tensor, heads: int) -> Tensor:
     """Rows of every head from halves to neighbours: what a second permutation, or a missing one, leaves behind."""
-    rows = tensor.unflatten(0, (heads, 2, -1))  # (heads, half, Dh/2, …)
+    rows: Tensor = tensor.unflatten(0, (heads, 2, -1))  # (heads, half, Dh/2, …)
     return rows.transpose(1, 2).reshape(tensor.shape)
 
 
@@ -618,7 +643,8 @@ def keys_permuted(name: str, tensor: Tensor, config: Any) -> Tensor | None:
     wrong = config.num_attention_heads // config.num_key_value_heads
     if len(tensor) % (2 * wrong) or wrong == config.num_key_value_heads:
         return neighbours
-    return neighbours.unflatten(0, (wrong, -1, 2)).transpose(1, 2).reshape(tensor.shape)
+    rows: Tensor = neighbours.unflatten(0, (wrong, -1, 2))
+    return rows.transpose(1, 2).reshape(tensor.shape)
 
 
 PROJECTED = (*TURNED, "layers.N.attention.query", "layers.N.attention.key")
@@ -627,7 +653,8 @@ _CONVERSION = (
     Mistake(
         id="rope-permute-missing-or-twice",
         families=LLAMAS,
-        what="Converts between the layouts once too often or not at all: rows of q_proj and k_proj lie in the other order.",
+        what="Converts between the layouts once too often or not at all: rows of q_proj and k_proj lie in the "
+        "other order.",
         why="The rotation and the order of rows must belong together.",
         shows="As rope-layout: position 0 is right. The projections hold the right values in another order.",
         fix="Permute exactly once, and test against a model of the other layout, not against your own reader.",

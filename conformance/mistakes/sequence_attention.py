@@ -136,8 +136,10 @@ def luong(change: Callable[..., Any]) -> Callable[..., Any]:
             query: Tensor, memory: Tensor, attentional_weight: Tensor, score: str, score_weight: Any = None,
             score_vector: Any = None, source_mask: Any = None,
         ) -> Any:  # fmt: skip
-            given = {"query": query, "memory": memory, "attentional_weight": attentional_weight, "score": score,
-                     "score_weight": score_weight, "score_vector": score_vector, "source_mask": source_mask}  # fmt: skip
+            given = {
+                "query": query, "memory": memory, "attentional_weight": attentional_weight, "score": score,
+                "score_weight": score_weight, "score_vector": score_vector, "source_mask": source_mask,
+            }  # fmt: skip
             return change(original, given)
 
         return luong_attention
@@ -185,7 +187,8 @@ _RECURRENT = (
     ),
     entry(
         "s2s-softmax-wrong-axis", BOTH, Swap(SOFTMAX, over_targets),
-        what="Softmax over the wrong axis: the target's steps, or the batch.", why="A step's weights over the source sum to 1.",
+        what="Softmax over the wrong axis: the target's steps, or the batch.",
+        why="A step's weights over the source sum to 1.",
         shows="Everywhere.", fix="softmax(dim=−1).",
     ),
     entry(
@@ -236,12 +239,14 @@ _RECURRENT = (
     ),
     entry(
         "luong-no-attentional-layer", ("luong_attention",), Swap(VECTOR, instead(not_squashed)),
-        what="h̃ = W_c [c; h], without tanh.", why="h̃ = tanh(W_c [c; h]).", shows="Small while it is small.", fix="tanh.",
+        what="h̃ = W_c [c; h], without tanh.", why="h̃ = tanh(W_c [c; h]).", shows="Small while it is small.",
+        fix="tanh.",
         seen="spro/practical-pytorch#33",
     ),
     entry(
         "luong-attentional-order", ("luong_attention",), Swap(VECTOR, instead(query_first)),
-        what="W_c is applied to [h; c].", why="[c; h].", shows="A shape error, or silence where both are equally wide or joined.",
+        what="W_c is applied to [h; c].", why="[c; h].",
+        shows="A shape error, or silence where both are equally wide or joined.",
         fix="[c; h].", seen="tensorflow#6597 (the same seam)",
     ),
     entry(
@@ -255,7 +260,7 @@ _RECURRENT = (
         shows="Everywhere.", fix="Step first, attend afterwards.",
         seen="A-Jacobson/minimal-nmt#2, gabrielloye/Attention_Seq2seq-Translation#3",
     ),
-)
+)  # fmt: skip
 
 
 # --- relative attention -----------------------------------------------------------------------------------------------
@@ -287,7 +292,8 @@ def biases(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callabl
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def relative_attention(
             x: Tensor, distances: Tensor, q_proj_weight: Tensor, k_proj_weight: Tensor, v_proj_weight: Tensor,
-            r_proj_weight: Tensor, o_proj_weight: Tensor, content_bias: Tensor, position_bias: Tensor, memory: Any = None,
+            r_proj_weight: Tensor, o_proj_weight: Tensor, content_bias: Tensor, position_bias: Tensor,
+            memory: Any = None,
         ) -> Any:  # fmt: skip
             u, v = change(content_bias, position_bias)
             return original(x, distances, q_proj_weight, k_proj_weight, v_proj_weight, r_proj_weight, o_proj_weight,
@@ -345,7 +351,8 @@ _RELATIVE = (
     ),
     relative(
         "txl-distances-rising", Swap(RELATIVE + "position_scores", rising),
-        what="Distances run from 0 upwards where the shift expects them to fall.", why="The first column is distance S − 1.",
+        what="Distances run from 0 upwards where the shift expects them to fall.",
+        why="The first column is distance S − 1.",
         shows="Everywhere.", fix="R_{S−1} … R_0.", seen="kimiyoung/transformer-xl#132 (family)",
     ),
     relative(
@@ -376,6 +383,6 @@ _RELATIVE = (
         what="The memory is not attended to.", why="Keys and values are those of memory and segment.",
         shows="Only from the second segment on.", fix="cat((memory, x)).", seen="transformers#14832 (family)",
     ),
-)
+)  # fmt: skip
 
 MISTAKES = (*_RECURRENT, *_RELATIVE)
