@@ -9,18 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 from conformance.cases import Case, Claim
 from conformance.report.model import read_run
+from conformance.search import DEFAULT_PROFILE, DEFAULT_SEED, PROFILES, Settings
 
 if TYPE_CHECKING:
     from conformance.judge import Result
 
 
 def check(
-    implementation: Any, case: str | Case, check: str = "golden.logits", dtype: str = "float64", device: str = "cpu"
+    implementation: Any,
+    case: str | Case,
+    check: str = "golden.logits",
+    dtype: str = "float64",
+    device: str = "cpu",
+    *,
+    profile: str = DEFAULT_PROFILE,
+    seed: int = DEFAULT_SEED,
+    example: dict[str, Any] | None = None,
 ) -> "Result":
     """Judge one claim in this process (a hang or a crash is then this process's).
 
     implementation: an object or function of the contract, or what a command line would name (`reference`, `mod:Obj`).
-    Raises: ValueError for an unknown check or dtype, FixtureError for a damaged case.
+    profile, seed, example: how many examples of a property are drawn ("quick", "ci", "thorough"), which, or this one.
+    Raises: ValueError for an unknown check, dtype or profile, FixtureError for a damaged case.
     """
     from conformance.implementation import DTYPES, EXACT, adopt, resolve
     from conformance.judge import Judge, judge
@@ -31,9 +41,17 @@ def check(
         raise ValueError(f"unknown check {check!r}; there is {', '.join(known)}")
     if dtype not in (*DTYPES, EXACT):
         raise ValueError(f"unknown dtype {dtype!r}; there is {', '.join((*DTYPES, EXACT))}")
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; there is {', '.join(PROFILES)}")
     found = resolve(implementation) if isinstance(implementation, str) else adopt("", implementation)
-    case = Case(case) if isinstance(case, str) else case
-    return judge(known[check], Claim(case.name, check, dtype), lambda: Judge(found, case, dtype, device))
+    opened = Case(case) if isinstance(case, str) else case
+
+    def prepare() -> Judge:
+        prepared = Judge(found, opened, dtype, device)
+        prepared.settings = Settings(profile=profile, seed=seed, example=example)
+        return prepared
+
+    return judge(known[check], Claim(opened.name, check, dtype), prepare)
 
 
 def run(

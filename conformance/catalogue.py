@@ -93,7 +93,19 @@ def _family(name: str) -> str:
     lines += ["", "Probes, in computational order (axes):"]
     config = family.recipes[0].config
     seen = dict.fromkeys((any_layer(s.name), s.axes) for s in family.probes(config))
-    return "\n".join(lines + [f"  {probe:<42} ({', '.join(axes)})" for probe, axes in seen])
+    lines += [f"  {probe:<42} ({', '.join(axes)})" for probe, axes in seen]
+    return "\n".join([*lines, *_properties(family)])
+
+
+def _properties(family: Family) -> list[str]:
+    """What is searched for an input that breaks it, and what is not, with the reason."""
+    found = family.properties
+    if found is None:
+        return []
+    searched = dict.fromkeys(check for recipe in family.recipes for check in found.of(recipe.name, recipe.config))
+    lines = ["", f"Properties, searched in the cases {', '.join(found.cases)}:", *(f"  {check}" for check in searched)]
+    lines += [f"  not {check}: {reason}" for check, reason in found.exceptions.items()]
+    return lines + [f"  not sensitivity.weights of {name}: {reason}" for name, reason in found.unmoved.items()]
 
 
 def _component(component: Component) -> str:
@@ -109,6 +121,8 @@ def _component(component: Component) -> str:
         for v in component.returns
     ]
     lines += ["", "Cases:"] + [f"  {r.name:<34} {r.summary}" for r in component.recipes]
+    searched = dict.fromkeys(check for recipe in component.recipes for check in component.relations_of(recipe))
+    lines += ["", "Properties, searched:", *(f"  {check}" for check in searched)] if searched else []
     return "\n".join([*lines, "", f"    conformance run my_file.py:{component.name} --family {component.name}"])
 
 

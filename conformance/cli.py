@@ -57,6 +57,13 @@ def list_command(what: str) -> None:
 @click.option("-n", "workers", metavar="N", help="Processes, or `auto` (pytest-xdist).")
 @click.option("--timeout", type=float, help="Seconds until a claim is a timeout.  [default: 60]  After 3 in a row the "
               "rest of the case is skipped, after 9 the rest of the run.")  # fmt: skip
+@click.option(
+    "--profile",
+    type=click.Choice(("quick", "ci", "thorough")),
+    help="How long properties are searched for an input that breaks them.  [default: quick]",
+)
+@click.option("--seed", type=int, help="Which examples are drawn for properties.  [default: 0]")
+@click.option("--example", metavar="JSON", help="Replay one example of a property, as a failure prints it.")
 @click.option("--save", type=click.Path(dir_okay=False), help="Write the run as JSON, for `conformance compare`.")
 @click.argument("pytest_arguments", nargs=-1, type=click.UNPROCESSED)
 def run(implementation: str, workers: str | None, pytest_arguments: tuple[str, ...], **options: Any) -> None:
@@ -76,7 +83,7 @@ def run(implementation: str, workers: str | None, pytest_arguments: tuple[str, .
     ]  # fmt: skip
     for what in ("family", "case", "check", "dtype"):
         arguments += [f"--conformance-{what}={value}" for value in options[what]]
-    for what in ("device", "timeout", "save"):
+    for what in ("device", "timeout", "save", "profile", "seed", "example"):
         if options[what] is not None:
             arguments.append(f"--conformance-{what}={options[what]}")
     if workers:
@@ -246,6 +253,19 @@ def golden_make(families: tuple[str, ...], fixtures: Path | None) -> None:
     except ValueError as error:
         raise CannotRun(str(error)) from error
     sys.exit(2 if families and missing else 0)
+
+
+@golden.command("claims")
+@click.option(
+    "--fixtures", type=click.Path(file_okay=False, path_type=Path), help="Where; default: the installed ones."
+)
+def golden_claims(fixtures: Path | None) -> None:
+    """Write the recipes' claims into the manifest; the goldens stay as they are."""
+    module, _, directory = _golden((), fixtures)
+    try:
+        click.echo(f"{module.write_claims(directory)} claims")
+    except ValueError as error:
+        raise CannotRun(str(error)) from error
 
 
 @golden.command("verify")

@@ -199,6 +199,32 @@ def transformer(draw: "DrawFn") -> Config:
     }  # fmt: skip
 
 
+# Buckets and the distance that they end at. Where a bucket begins at an exact power, a rounded logarithm may put it one
+# too low, in the library as well; these have no such place below LONGEST.
+BUCKETS = st.sampled_from([(32, 128), (8, 20), (10, 7), (12, 11), (32, 20), (4, 9)])
+
+
+def switch_transformer(draw: "DrawFn") -> Config:
+    """Half of the drawn experts have room for all; the others are compared in full forwards only."""
+    layers, deep = draw(between(1, 3)), draw(st.none() | between(1, 3))
+    buckets, distance = draw(BUCKETS)
+    config = plain("switch_transformer") | {
+        "vocab_size": vocabulary(draw), "d_model": draw(between(2, 20)), "d_kv": draw(between(1, 8)),
+        "d_ff": draw(between(1, 24)), "num_heads": draw(between(1, 4)), "num_layers": layers,
+        "num_decoder_layers": deep, "num_sparse_encoder_layers": draw(between(1, layers)),
+        "num_sparse_decoder_layers": draw(between(1, deep or layers)), "num_experts": draw(between(1, 5)),
+        "expert_capacity": draw(st.just(64) | between(1, LONGEST)), "router_bias": draw(FLAG),
+        "router_ignore_padding_tokens": draw(FLAG), "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": distance, "layer_norm_epsilon": draw(EPSILONS),
+        "dense_act_fn": draw(ACTIVATIONS), "tie_word_embeddings": draw(st.just(True) | FLAG),
+    }  # fmt: skip
+    for step in ("encoder_sparse_step", "decoder_sparse_step"):
+        config.pop(step)
+        if (value := draw(st.none() | between(0, 3))) is not None:
+            config[step] = value
+    return config
+
+
 def recurrent_sizes(draw: "DrawFn") -> Config:
     """What RNNsearch and GNMT have in common."""
     return {
@@ -219,6 +245,6 @@ def gnmt(draw: "DrawFn") -> Config:
 
 DRAWN: dict[str, Callable[["DrawFn"], Config]] = {
     "rnn_search": rnn_search, "gnmt": gnmt, "transformer": transformer, "gpt": gpt,
-    "transformer_xl": transformer_xl, "gpt2": gpt2, "gpt3": gpt3,
+    "transformer_xl": transformer_xl, "gpt2": gpt2, "gpt3": gpt3, "switch_transformer": switch_transformer,
     "llama": llama, "mistral": mistral, "mixtral": mixtral, "phi": phi,
 }  # fmt: skip

@@ -229,6 +229,7 @@ class Candidate:
 
     dtype: the dtype under judgement.  vocab: expected width of the logits.
     calls: how many times the model has been called (a session's feed counts as one).
+    given: the tensors that the last call was given, by argument.
     """
 
     def __init__(self, model: Any, dtype: "torch.dtype", device: "torch.device", vocab: int):
@@ -237,6 +238,7 @@ class Candidate:
         self.model, self.dtype, self.device, self.vocab = model, dtype, device, vocab
         self.declared = _declared_arguments(model)
         self.calls = 0
+        self.given: dict[str, Tensor] = {}
 
     def accepts(self, argument: str) -> bool:
         return self.declared is None or argument in self.declared
@@ -256,8 +258,9 @@ class Candidate:
         if decoded is not None and not self.accepts("decoder_input_ids"):
             raise Misbehaviour("signature", "the model takes no decoder_input_ids, which its decoder is to read")
         passed = {k: v.clone().to(self.device) for k, v in optional.items() if self.accepts(k)}
+        self.given = {"input_ids": input_ids.clone().to(self.device), **passed}
         with running("model(…)"):
-            returned = self.model(input_ids.clone().to(self.device), **passed)
+            returned = self.model(self.given["input_ids"], **passed)
         return self._normalise(returned, tuple((input_ids if decoded is None else decoded).shape))
 
     def parameters(self, names: list[str]) -> "dict[str, Tensor] | None":

@@ -6,28 +6,35 @@ Everything here runs in the worker process, beside the candidate.
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from conformance import bounds
+from conformance import bounds, search
 from conformance.cases import Case, Claim, FixtureError
 from conformance.component import ComponentCandidate
 from conformance.families import Component, Tokenizer, get
 from conformance.implementation import (
+    Candidate,
     CandidateRaised,
     Implementation,
     Misbehaviour,
     Unsupported,
     load,
+    load_checkpoint,
     precision,
 )
 from conformance.report.model import FORWARD
+from conformance.search import Example, NotAnExample, Settings
+from conformance.strategies import describe
 from conformance.tokenizer import TokenizerCandidate
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
 
 # Where the frames lie that a candidate's traceback can do without.
 _NOT_THE_CANDIDATE = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
@@ -45,6 +52,7 @@ class Result:
     equals: the counterfactual that the candidate's values reproduce ("rope_theta ignored"), when one does.
     diagnosis: the mistake that reproduces the candidate's values, or what is known of an unknown one (`diagnosis`).
     notes: harmless internal differences.
+    example: the smallest example found that breaks the property.  examples: how many were run.
     """
 
     claim: Claim
@@ -59,6 +67,8 @@ class Result:
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     calls: int = 0
+    example: Example | None = None
+    examples: int = 0
 
     def to_json(self) -> dict[str, Any]:
         judgement = self.judgement.to_json() if self.judgement else {"error": None, "bound": None, "ratio": None}
@@ -77,6 +87,8 @@ class Result:
             "notes": self.notes,
             "seconds": round(self.seconds, 6),
             "calls": self.calls,
+            "example": self.example,
+            "examples": self.examples,
         }
 
 
@@ -127,11 +139,22 @@ class Judge:
     plan: sizes of the calls that it fed a session, when that can be replayed for localisation.
     compared: every comparison of the check at hand.
     forward_is_right: what `golden.logits` came to in this dtype, once it has been judged.
+<<<<<<< HEAD
     diagnoses: whether a failure is diagnosed, which takes seconds.
     """
 
     def __init__(self, implementation: Implementation, case: Case, dtype: str, device: str, diagnoses: bool = True):
         self.diagnoses = diagnoses
+=======
+    settings: how properties are searched.
+    example: the one that broke the property at hand; examples: how many were run; also: what else was broken;
+        out_of_time: whether the search was cut short.
+    """
+
+    settings = Settings()
+
+    def __init__(self, implementation: Implementation, case: Case, dtype: str, device: str):
+>>>>>>> main
         self.implementation, self.case, self.dtype, self.device = implementation, case, dtype, device
         case.read()
         family = get(case.family)
@@ -146,12 +169,18 @@ class Judge:
         self.forward_is_right: bool | None = None
         self.begin()
 
+    @property
+    def is_component(self) -> bool:
+        return isinstance(self.candidate, ComponentCandidate)
+
     def begin(self) -> None:
         """Forget the previous check."""
         self.worst: bounds.Judgement | None = None
         self.plan: list[int] = []
         self.compared: list[Compared] = []
         self.candidate.calls = 0
+        self.example: Example | None = None
+        self.examples, self.also, self.out_of_time = 0, list[str](), False
 
     def precision(self, gradients: bool = False) -> AbstractContextManager[None]:
         """Where the candidate's code runs; see `implementation.precision`."""
@@ -161,6 +190,55 @@ class Judge:
         """The candidate's logits of one call."""
         with self.precision():
             return self.candidate(**arguments).logits  # type: ignore[no-any-return]
+
+    def load_other(self, config: dict[str, Any], weights: dict[str, Tensor]) -> Candidate:
+        """The same implementation with another checkpoint."""
+        return load_checkpoint(self.implementation, config, weights, self.dtype, self.device)
+
+    def search(
+        self,
+        strategy: "SearchStrategy[Example]",
+        test: Callable[[Example], None],
+        first: Sequence[Example] = (),
+        share: int = 1,
+    ) -> None:
+        """Put drawn examples to a property; see `search.search`."""
+        search.search(self, strategy, test, first, share)
+
+    def each(self, examples: Iterable[Example], test: Callable[[Example], None]) -> None:
+        """Put all of these examples to a property; see `search.each`."""
+        search.each(self, examples, test)
+
+    def same(
+        self, got: Tensor, other: Tensor, what: str, *, real: Tensor | None = None, scale: bounds.Error | None = None
+    ) -> None:
+        """Compare two of the candidate's own runs that must agree.
+
+        In a working dtype each is allowed its own error, and so their difference twice that.
+        what: the values and what they must agree with, for the message: "logits of row 1 alone differ from …".
+        Raises: Misbehaviour for NaN or infinity, Failure beyond the bound.
+        """
+        got, other = (value.detach().to(device="cpu", dtype=torch.float64) for value in (got, other))
+        if got.shape != other.shape:
+            raise Misbehaviour("shape", f"{what}: shapes {tuple(got.shape)} and {tuple(other.shape)}")
+        kept, kept_other = (got, other) if real is None else (got[real], other[real])
+        if not (kept.isfinite().all() and kept_other.isfinite().all()):
+            raise Misbehaviour("not finite", f"{what}: there are NaN or infinite values")
+        judgement = self._between(kept, kept_other, scale)
+        if self.worst is None or judgement.error.max > self.worst.error.max:
+            self.worst = judgement
+        if not judgement.passed:
+            raise Failure(what, judgement, _where(got, other, real, judgement), None)
+
+    def moved(self, got: Tensor, other: Tensor) -> bool:
+        """Whether two of the candidate's own runs differ by more than two equal ones may."""
+        got, other = (value.detach().to(device="cpu", dtype=torch.float64) for value in (got, other))
+        return not self._between(got, other).passed
+
+    def _between(self, got: Tensor, other: Tensor, scale: bounds.Error | None = None) -> bounds.Judgement:
+        stored = self.case.oracle_error("logits", self.dtype)
+        oracle = bounds.Error(2 * stored["max"], 2 * stored["rms"]) if stored else None
+        return bounds.within(bounds.measure(got, other, scale), self.dtype, oracle)
 
     def compare(
         self,
@@ -232,15 +310,29 @@ def judge(check: Callable[[Judge], None], claim: Claim, prepare: Callable[[], Ju
         result = _raised(claim, raised)
     except FixtureError:
         raise
+    except NotAnExample as error:
+        result = Result(claim, "error", str(error), "example")
     except Exception as error:
         result = Result(claim, "error", f"the suite itself raised {type(error).__name__}: {error}; please report it",
                         "suite", details=traceback.format_exc().splitlines())  # fmt: skip
     result.seconds = time.perf_counter() - started
     if session is not None:
         result.calls = session.candidate.calls
+        _name_example(session, result)
         if claim.check in FORWARD:
             session.forward_is_right = result.outcome == "pass"
     return result
+
+
+def _name_example(session: Judge, result: Result) -> None:
+    """Say which example broke the property, and how many were run."""
+    result.examples = session.examples
+    if session.out_of_time:
+        result.notes.append(f"the search ended after {session.examples} examples: there was no time for more")
+    if session.example is not None and result.outcome in ("fail", "error") and result.kind != "example":
+        result.example = session.example
+        result.message += f"   [{describe(session.example)}]"
+        result.details += session.also
 
 
 def _explain(session: Judge, result: Result) -> None:
@@ -250,7 +342,8 @@ def _explain(session: Judge, result: Result) -> None:
     forward = session.forward
     if result.claim.check != forward and session.forward_is_right is False:
         result.notes.append(f"{forward} fails as well; see there first")
-    elif forward != FORWARD[0]:  # a component or tokenizer: there is nothing inside to look at
+    elif forward != FORWARD[0] or session.example is not None:
+        # There is nothing inside a component or tokenizer to look at, and no probes for drawn inputs
         return
     elif result.claim.check == forward or session.plan:
         try:

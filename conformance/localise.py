@@ -170,7 +170,8 @@ def _block(case: "Case", block_input: Tensor, layer: int) -> tuple[Config, dict[
 def _block_by_block(judge: "Judge") -> Explanation:
     """Judge every block alone."""
     if get(judge.case.family).block_checkpoint is None:
-        return None, [f"not localised in {judge.dtype}: one block cannot be judged alone; run it in float64"]
+        hint = "no probe was recognised" if judge.dtype == "float64" else f"not in {judge.dtype}; run it in float64"
+        return None, [f"not localised: {hint}, and one block cannot be judged alone"]
     wrong: list[str] = []
     right: list[str] = []
     oracle = judge.case.oracle_error("logits", judge.dtype)

@@ -11,6 +11,7 @@ the rest of the case is skipped, and after nine in a row the rest of the run.  A
 claims are reported as `skipped`, with the reason, since nothing was asked of the implementation.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 
 from conformance.cases import Case, Claim, Manifest
+from conformance.search import DEFAULT_PROFILE, DEFAULT_SEED, PROFILES
 from conformance.suite import GROUPS, checks
 
 PROPERTY = "conformance"
@@ -28,6 +30,8 @@ NO_IMPLEMENTATION = "conformance.suite needs --implementation IMPL (`conformance
 DEFAULT_TIMEOUT = 60.0
 # Timeouts in a row after which a case, and the whole run, is given up.
 HANGS_OF_CASE, HANGS_OF_RUN = 3, 9
+# The part of a claim's time in which further examples of a property are begun.
+SEARCHING = 1 / 3
 # How pytest names a claim, below whatever rootdir: test_golden.py::test_logits[llama/plain-float64]
 _CLAIM_ID = re.compile(rf"(^|/)test_({'|'.join(GROUPS)})\.py::test_\w+\[(?P<case>.+)-\w+\]$")
 _SELECTION = ("family", "case", "check", "dtype")
@@ -45,6 +49,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--conformance-timeout", type=float, default=DEFAULT_TIMEOUT, metavar="S",
                     help=f"seconds until a claim is a timeout (%(default)s); after {HANGS_OF_CASE} in a row the rest "
                     f"of the case is skipped, after {HANGS_OF_RUN} the rest of the run")  # fmt: skip
+    group.addoption(
+        "--conformance-profile",
+        choices=tuple(PROFILES),
+        default=DEFAULT_PROFILE,
+        help="how long properties are searched (%(default)s)",
+    )
+    group.addoption(
+        "--conformance-seed",
+        type=int,
+        default=DEFAULT_SEED,
+        metavar="N",
+        help="which examples of properties are drawn (%(default)s)",
+    )
+    group.addoption("--conformance-example", metavar="JSON", help="replay this example of the one check selected")
     group.addoption("--conformance-save", metavar="FILE", help="write the run as JSON")
 
 
@@ -112,6 +130,7 @@ class Run:
         if self.is_xdist_worker:
             self.description = json.loads(config.workerinput["conformance_description"])  # type: ignore[attr-defined]
         self.selected: list[Claim] = []
+        self.settings: dict[str, Any] = {}  # of the search for examples, see `search.Settings`
         self.directories: dict[str, str] = {}  # the cases that were given as directories
         self.results: dict[str, dict[str, Any]] = {}
         self.expected: set[str] = set()
@@ -156,6 +175,7 @@ class Run:
     def _select(self) -> list[Claim]:
         """The claims to judge.  What is wrong with the question is said before the implementation is imported."""
         option = {what: self.config.getoption(f"conformance_{what}") for what in _SELECTION}
+        self.settings = self._search_settings()
         manifest = Manifest()
         given = [Path(case) for case in option["case"] if Path(case, "provenance.json").is_file()]
         self.directories = {manifest.adopt(directory): str(directory.resolve()) for directory in given}
@@ -179,7 +199,22 @@ class Run:
         claims = [claim for claim in asked if claim.family in declared]
         if not claims:
             raise ValueError(f"no claim matches the selection and the families declared: {', '.join(sorted(declared))}")
+        if self.settings.get("example") is not None and len(claims) > 1:
+            raise ValueError(f"--example replays one claim, {len(claims)} are selected: give --case, --check, --dtype")
         return claims
+
+    def _search_settings(self) -> dict[str, Any]:
+        """What every request for a verdict says of the search for examples."""
+        settings = {what: self.config.getoption(f"conformance_{what}") for what in ("profile", "seed")}
+        settings["seconds"] = self.timeout * SEARCHING
+        if text := self.config.getoption("conformance_example"):
+            try:
+                settings["example"] = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"--example {text!r} is not JSON: {error}") from error
+            if not isinstance(settings["example"], dict):
+                raise ValueError(f"--example {text!r} is not a JSON object")
+        return settings
 
     def _declared(self, manifest: Manifest, wanted: list[str], of_cases: list[str]) -> set[str]:
         """The families that the implementation declares; a bare function's are those that are asked for.
@@ -258,20 +293,19 @@ class Run:
         return result
 
     def _judge(self, claim: Claim) -> dict[str, Any]:
-        from conformance.report.model import died, not_run
+        from conformance.replay import replayed
+        from conformance.report.model import not_run
         from conformance.worker import Died
 
         if len(self.hung) >= HANGS_OF_RUN:
             return not_run(claim, f"not run: {len(self.hung)} claims in a row were timeouts")
         if self.hung.count(claim.case) >= HANGS_OF_CASE:
             return not_run(claim, f"not run: {HANGS_OF_CASE} claims of this case in a row were timeouts")
-        answer = self.worker.request(
-            self.timeout, op="judge", case=claim.case, check=claim.check, dtype=claim.dtype,
-            directory=self.directories.get(claim.case),
-        )  # fmt: skip
+        asked = {**self.settings, "directory": self.directories.get(claim.case)}
+        answer = self.worker.request(self.timeout, op="judge", **dataclasses.asdict(claim), **asked)
         if isinstance(answer, Died):
             self.hung = [*self.hung, claim.case] if answer.outcome == "timeout" else []
-            return died(claim, answer, self.timeout)
+            return replayed(self.worker, claim, answer, self.timeout, asked)
         self.hung = []
         if "fixture" in answer:
             self.problem = answer["fixture"]
@@ -346,6 +380,7 @@ class Run:
         return run_document(
             self.description, list(self.results.values()), len(self.expected), selection,
             self.config.getoption("conformance_device"), self.problem,
+            {what: self.config.getoption(f"conformance_{what}") for what in ("profile", "seed")},
         )  # fmt: skip
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

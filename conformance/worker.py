@@ -27,6 +27,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+from conformance.search import journalled
+
 STARTUP_TIMEOUT = 300.0
 # How much of the end of a dead child's output is kept, in bytes.
 KEPT_OUTPUT = 1 << 16
@@ -81,6 +83,15 @@ class Worker:
             self._child = None
             return Died(describe_status(answer["died"]), self._output())
         return answer
+
+    def retire(self) -> None:
+        """End the child, so that the next request gets a fresh one."""
+        if self._child is not None:
+            self._kill_child(self._connection)
+
+    def journalled(self) -> dict[str, Any] | None:
+        """The example of a property that the child was running, None if it was not running any."""
+        return journalled(self._scratch.name) if self._process is not None else None
 
     def close(self) -> None:
         """End the worker.  A later request starts a new one."""
@@ -178,10 +189,17 @@ class Server:
         self._judges: dict[str, Any] = {}
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
-        """{"op": "describe"} or {"op": "judge", "case", "check", "dtype", …}: the implementation or the result."""
+        """What a message asks for.
+
+        {"op": "describe"}: the implementation.  {"op": "judge", "case", "check", "dtype", …}: the result, or with
+        "listing" {"examples": […]}; "directory" says where a case lies that is not in the manifest, and everything else
+        is a field of `search.Settings`.
+        """
         if message["op"] == "describe":
             return self._describe()
-        return self._judge(message["case"], message["check"], message["dtype"], message.get("directory"))
+        apart = ("op", "case", "check", "dtype", "directory")
+        settings = {key: value for key, value in message.items() if key not in apart}
+        return self._judge(message["case"], message["check"], message["dtype"], message.get("directory"), settings)
 
     def implementation(self) -> Any:
         from conformance.implementation import resolve
@@ -203,10 +221,13 @@ class Server:
                     "traceback": traceback.format_exc()}  # fmt: skip
         return {"implementation": described, "environment": environment()}
 
-    def _judge(self, case_name: str, check: str, dtype: str, directory: str | None) -> dict[str, Any]:
+    def _judge(
+        self, case_name: str, check: str, dtype: str, directory: str | None, settings: dict[str, Any]
+    ) -> dict[str, Any]:
         """directory: where a case lies that is not in the manifest."""
         from conformance.cases import Case, Claim, FixtureError, Manifest
         from conformance.judge import Judge, judge
+        from conformance.search import Listed, Settings, journal
         from conformance.suite import checks
 
         def prepare() -> Judge:
@@ -219,12 +240,18 @@ class Server:
                 self._loaded = case_name, directory
             if dtype not in self._judges:
                 self._judges[dtype] = Judge(self.implementation(), self._case, dtype, self.device)
+            self._judges[dtype].settings = Settings(**settings)
             return self._judges[dtype]  # type: ignore[no-any-return]
 
+        journal(None)
         try:
             return judge(checks()[check], Claim(case_name, check, dtype), prepare).to_json()
+        except Listed as listed:
+            return {"examples": listed.examples}
         except FixtureError as error:
             return {"fixture": str(error)}
+        finally:
+            journal(None)
 
 
 def serve(connection: Connection, server: Server) -> None:
@@ -314,6 +341,7 @@ def main() -> None:
     descriptor, implementation, device = sys.argv[1:]
     # Once, before any fork.  Torch would import _dynamo on the first call under TrueDouble, in
     # every child anew: 1.7 s.
+    import hypothesis  # noqa: F401
     import safetensors.torch  # noqa: F401
     import torch._dynamo  # noqa: F401
 

@@ -8,10 +8,8 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib import import_module
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +17,7 @@ from torch import nn
 from reference_impl.checkpoint import load_config, load_model
 from reference_impl.generation import Sampling, Step, stream
 from reference_impl.stored_tensors import read_json
+from reference_impl.tokenizer import ByteLevelBPE, SentencePieceBPE, load_tokenizer
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 EXIT_STATUS = """\
@@ -39,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--ids", metavar='"1 2 3"', help="the same as token ids; ids are printed; needs no tokenizer")
+    add(
+        "--tokenizer", metavar="FILE", help="tokenizer.model, tokenizer.json or vocab.json; otherwise the first of them"
+    )
     add("--max-new-tokens", type=int, default=100, metavar="N", help="the most tokens to generate (%(default)s)")
     add("--temperature", type=float, metavar="T", help="draw, from logits divided by T")
     add("--top-k", type=int, metavar="K", help="draw, from the K most likely tokens")
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         generate(options)
-    except (ValueError, RuntimeError, ImportError) as error:  # RuntimeError: torch's, of a device or of memory
+    except (ValueError, RuntimeError) as error:  # RuntimeError: torch's, of a device or of memory
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -126,14 +128,16 @@ def prompt_of(options: argparse.Namespace) -> tuple[list[int], Decode]:
             raise ValueError(f"--ids {options.ids!r} must be numbers, as in --ids '1 15 4'") from None
         return ids, lambda tokens: (f"{token} " for token in tokens)
     try:
-        tokenizer = import_module("reference_impl.tokenizer").load_tokenizer(options.checkpoint)
-    except (ValueError, ImportError) as error:
-        raise ValueError(f"{error}; without a tokenizer give --ids instead of --prompt") from error
+        tokenizer = load_tokenizer(options.checkpoint, options.tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{error}; give --tokenizer to read another file, or --ids instead of --prompt") from error
     ids = tokenizer.encode(options.prompt, add_special_tokens=True)
     return ids, lambda tokens: continuation(tokenizer, ids, tokens)
 
 
-def continuation(tokenizer: Any, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+def continuation(
+    tokenizer: SentencePieceBPE | ByteLevelBPE, prompt: Sequence[int], tokens: Iterable[int]
+) -> Iterator[str]:
     """The text of tokens that follow a prompt, piece by piece; a piece never ends inside a character.
 
     The decoder is given the prompt first: what stands at the beginning of a text has another spelling.
@@ -146,7 +150,7 @@ def continuation(tokenizer: Any, prompt: Sequence[int], tokens: Iterable[int]) -
     yield decoder.finish()
 
 
-def load_decoder(options: argparse.Namespace, config: dict[str, Any]) -> nn.Module:
+def load_decoder(options: argparse.Namespace, config: Mapping[str, object]) -> nn.Module:
     """The model, in the dtype that was asked for.
 
     Raises:
@@ -161,7 +165,7 @@ def load_decoder(options: argparse.Namespace, config: dict[str, Any]) -> nn.Modu
     return model
 
 
-def end_tokens(checkpoint: Path, config: dict[str, Any]) -> set[int]:
+def end_tokens(checkpoint: Path, config: Mapping[str, object]) -> set[int]:
     """The ids that end a text: eos_token_id, a number or several, of generation_config.json or else of config.json."""
     file = checkpoint / "generation_config.json"
     content = {**config, **read_json(file)} if file.is_file() else config

@@ -144,7 +144,8 @@ def _steps(
     active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
         for piece, real in zip(*(t.split(prefill_chunk or t.shape[1], dim=1) for t in (ids, mask)), strict=True):
-            logits = feed(piece, real)
+            with torch.no_grad():
+                logits = feed(piece, real)
         tokens, log_probs = choose(logits[:, -1], sampling, generator)  # (B,)
         yield Step(tokens.masked_fill(~active, 0), log_probs.masked_fill(~active, 0), active)
         active = active & ~torch.isin(tokens, stops)

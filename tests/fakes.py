@@ -364,6 +364,56 @@ class HangsInPadding(Fake):
         return model
 
 
+class WithSessions(Fake):
+    """Right, and opens sessions; `before` is called with the ids of every call."""
+
+    def before(self, input_ids: Tensor) -> None: ...
+
+    def load(self, checkpoint: Any) -> Callable[..., Any]:
+        from conformance.implementations.reference import Reference
+
+        right, before = Reference("eager").load(checkpoint), self.before
+
+        class Model:
+            def __call__(
+                self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+            ) -> Any:
+                before(input_ids)
+                return right(input_ids, attention_mask, position_ids)
+
+            def session(self) -> Any:
+                return right.session()  # type: ignore[operator]
+
+        return Model()
+
+
+class SegfaultsOnLongTexts(WithSessions):
+    """Ends the process when a row has five tokens or more."""
+
+    def before(self, input_ids: Tensor) -> None:
+        if input_ids.shape[1] >= 5:
+            ctypes.string_at(0)
+
+
+class HangsOnThreeRows(WithSessions):
+    """Does not answer when there are three rows or more."""
+
+    def before(self, input_ids: Tensor) -> None:
+        if len(input_ids) >= 3:
+            time.sleep(FOREVER)
+
+
+class DiesInItsNinthCall(WithSessions):
+    """Ends the process in the ninth call, whatever it is."""
+
+    calls = 0
+
+    def before(self, input_ids: Tensor) -> None:
+        self.calls += 1
+        if self.calls == 9:
+            os._exit(3)
+
+
 class DiesIdle(Fake):
     """Answers rightly, and dies a moment later."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from conformance.families.properties import Properties, Relation
 from conformance.probes import ProbeSpec
 
 COMPONENTS = (
@@ -128,6 +129,9 @@ class Family:
     module_kinds: name of a weight's module -> what kind of weight it is (`conformance.draws.KINDS`), for modules whose
         names do not say it.
     copies: name of a tensor -> of the one that it repeats, for what a checkpoint holds twice.
+    whole_rows_only: config, length of the longest sequence -> whether logits may depend on padding, and on the pieces
+        in which a text is fed (experts that have no room for all).
+    properties: what its models promise for every input; None: nothing that is searched.
     """
 
     name: str
@@ -153,6 +157,8 @@ class Family:
     positions_key: str = "max_position_embeddings"
     module_kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    whole_rows_only: Callable[[Config, int], bool] = lambda config, longest: False
+    properties: Properties | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +219,7 @@ class Component:
     reference: "module:function" of reference_impl with the same argument names.
     carried: a return -> the argument that takes it when the next piece of a sequence is fed; such a component can be
         fed in pieces, cut and joined along the axis called "seq".
+    relations: a property check -> the two calls that it compares.
     """
 
     name: str
@@ -228,6 +235,17 @@ class Component:
     reference: str
     fields: tuple[ConfigField, ...] = ()
     carried: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    relations: Mapping[str, Relation] = dataclasses.field(default_factory=dict)
+
+    def relations_of(self, recipe: ComponentRecipe) -> list[str]:
+        """The relations that a case has."""
+        pieces = ["cache.any_plan"] if "component.chunks" in recipe.claims else []
+        searched = recipe.name.split("/")[1] in ("plain", "distinct")
+        return pieces + [
+            check
+            for check, relation in self.relations.items()
+            if relation.applies(recipe) and (searched or not relation.everywhere)
+        ]
 
     @property
     def weights(self) -> frozenset[str]:
@@ -286,6 +304,17 @@ class Tokenizer:
     second: Callable[[dict[str, bytes]], Any] | None = None
     fields: tuple[ConfigField, ...] = ()
     comes_back_as: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def claims(recipe: "Recipe | ComponentRecipe | TokenizerRecipe") -> dict[str, tuple[str, ...]]:
+    """All claims of a case, check -> dtypes: the goldens' that its recipe states, and its family's properties."""
+    if isinstance(recipe, TokenizerRecipe):
+        return dict(recipe.claims)
+    family = get(recipe.name.split("/")[0])
+    if isinstance(recipe, ComponentRecipe):
+        return {**recipe.claims, **dict.fromkeys(family.relations_of(recipe), ("float64",))}
+    found = {} if family.properties is None else family.properties.of(recipe.name, recipe.config)
+    return {**recipe.claims, **found}
 
 
 def get(name: str) -> Any:

@@ -5,8 +5,13 @@ Oracle: `torch.nn.functional.layer_norm` of the sum.
 
 from typing import TYPE_CHECKING, Any
 
+<<<<<<< HEAD
 from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
 from conformance.families.components import ALL, FLOAT16, Claims
+=======
+from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
+from conformance.families.components import ALL
+>>>>>>> main
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,5 +78,10 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.norm:add_and_norm",
+    relations={
+        "batching.alone": relations.rows("x", "sublayer_output"),
+        "invariance.scale": relations.scale("x", "sublayer_output"),
+        "invariance.offset": relations.offset("x"),
+    },
     fields=(ConfigField(name="eps", default="1e-5", meaning="ε, inside the root"),),
 )  # fmt: skip

@@ -5,7 +5,7 @@ Oracle: the paper's equations as float64 loops.
 
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import Component, ComponentRecipe, Config, Value
+from conformance.families import Component, ComponentRecipe, Config, Value, relations
 from conformance.families.components import EXACT_GRADIENTS
 
 if TYPE_CHECKING:
@@ -104,4 +104,10 @@ FAMILY = Component(
     truth=truth,
     exact=True,
     reference="reference_impl.nn.sequence_attention:additive_attention",
+    relations={
+        "batching.alone": relations.rows("query", "memory", "source_mask"),
+        "batching.padding": relations.padding("source_mask", "memory"),
+        "invariance.order": relations.source_order("context"),
+        "invariance.weights_sum_to_one": relations.mixes_memory("context"),
+    },
 )  # fmt: skip

@@ -5,7 +5,7 @@ Oracle: `torch.nn.functional`.
 
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
+from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
 from conformance.families.components import ALL
 
 if TYPE_CHECKING:
@@ -80,5 +80,8 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.feed_forward:feed_forward",
+    relations={
+        "batching.alone": relations.rows("x"),
+    },
     fields=(ConfigField(name="hidden_act", default="relu", meaning="the activation, by the hub's name"),),
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 from conformance.families import Config, Family, Recipe
 from conformance.families.encoder_decoders import FULL, MODEST
+from conformance.families.properties import ENCODER_DECODER, EVERY, Properties
 from conformance.families.sequence_models import (
     ALONE,
     WITH_LOSS,
@@ -272,4 +273,10 @@ FAMILY = Family(
     module_probes=module_probes,
     kernel_probes=lambda config: {},
     layers_key="encoder_layers",
+    properties=Properties(
+        table=lambda config: "decoder.embedding.weight",
+        windows=lambda config: (None,) * config["decoder_layers"],
+        tied=lambda config: False,
+        claims=EVERY | ENCODER_DECODER,
+    ),
 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from conformance.families import Config, ConfigField, Family, Recipe, gpt_blocks
 from conformance.families.decoders import FULL, MODEST, field_case, without
+from conformance.families.properties import Properties
 from conformance.probes import ProbeSpec
 
 if TYPE_CHECKING:
@@ -227,4 +228,10 @@ FAMILY = Family(
     module_probes=module_probes,
     kernel_probes=gpt_blocks.kernel_probes,
     block_checkpoint=block_checkpoint,
+    properties=Properties(
+        table=lambda config: "transformer.tokens_embed.weight",
+        windows=lambda config: (None,) * config["n_layer"],
+        tied=lambda config: bool(config.get("tie_word_embeddings", True)),
+        positions="transformer.positions_embed.weight",
+    ),
 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from conformance.families import Config, ConfigField, Family, Recipe, gpt_blocks
 from conformance.families.decoders import FULL, MODEST, field_case, without
+from conformance.families.properties import Properties, Twins
 from conformance.probes import ProbeSpec
 
 if TYPE_CHECKING:
@@ -241,6 +242,24 @@ def module_probes(config: Config) -> dict[str, tuple[str, str]]:
     )
 
 
+# --- properties -----------------------------------------------------------------------------------------------------
+
+
+def windows(config: Config) -> tuple[int | None, ...]:
+    """For each block the keys that a query sees; None: all up to its own."""
+    pattern = config.get("attention_pattern", ["dense", "banded"])
+    kinds = [pattern[layer % len(pattern)] for layer in range(config["n_layer"])]
+    return tuple(config["window_size"] if kind == "banded" else None for kind in kinds)
+
+
+def _wide(
+    config: Config, weights: "dict[str, Tensor]", most: int
+) -> "tuple[tuple[Config, dict[str, Tensor]], tuple[Config, dict[str, Tensor]]]":
+    """Every block dense, and every block with a band that no text outgrows."""
+    dense = config | {"attention_pattern": ["dense"], "window_size": None}
+    return (dense, weights), (config | {"attention_pattern": ["banded"], "window_size": most}, weights)
+
+
 _EQUATIONS = r"""
 GPT-2's, but block n, counted from 0, attends by attention_pattern[n mod len]:
 
@@ -289,4 +308,11 @@ FAMILY = Family(
     module_probes=module_probes,
     kernel_probes=gpt_blocks.kernel_probes,
     block_checkpoint=block_checkpoint,
+    properties=Properties(
+        table=lambda config: "transformer.wte.weight",
+        windows=windows,
+        tied=lambda config: bool(config.get("tie_word_embeddings", True)),
+        positions="transformer.wpe.weight",
+        twins={"wide_window": Twins(applies=lambda config: True, make=_wide)},
+    ),
 )  # fmt: skip

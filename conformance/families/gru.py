@@ -6,7 +6,7 @@ form exists in no library that could decide in double: it is derived from the pa
 
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
+from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
 from conformance.families.components import ALL
 from conformance.families.recurrent import CHUNKS, DIRECTIONS, LAYERS, arguments, recipe, returns, with_mistakes
 
@@ -72,6 +72,11 @@ FAMILY = Component(
     ),
     truth=with_mistakes(truth),
     reference="reference_impl.nn.recurrent:gru",
+    relations={
+        "batching.alone": relations.rows("x", "lengths", states=("h0",), returned_states=("h_n",)),
+        "batching.padding": relations.junk_after_lengths(),
+        "invariance.reversal": relations.reversal(),
+    },
     fields=(LAYERS, DIRECTIONS, _RESET_AFTER),
     carried={"h_n": "h0"},
 )  # fmt: skip

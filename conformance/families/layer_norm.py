@@ -5,7 +5,7 @@ Oracle: `torch.nn.functional.layer_norm`.
 
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
+from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
 from conformance.families.components import ALL
 
 if TYPE_CHECKING:
@@ -65,5 +65,10 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.norm:layer_norm",
+    relations={
+        "batching.alone": relations.rows("x"),
+        "invariance.scale": relations.scale("x"),
+        "invariance.offset": relations.offset("x"),
+    },
     fields=(ConfigField(name="eps", default="1e-5", meaning="ε, inside the root"),),
 )  # fmt: skip

@@ -5,7 +5,7 @@ Oracle: `torch.nn.LSTM`; the gates, which it does not return, are computed from 
 
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import Component, ComponentRecipe, Config
+from conformance.families import Component, ComponentRecipe, Config, relations
 from conformance.families.components import ALL
 from conformance.families.recurrent import CHUNKS, DIRECTIONS, LAYERS, arguments, recipe, returns, with_mistakes
 
@@ -55,6 +55,11 @@ FAMILY = Component(
     ),
     truth=with_mistakes(truth),
     reference="reference_impl.nn.recurrent:lstm",
+    relations={
+        "batching.alone": relations.rows("x", "lengths", states=("h0", "c0"), returned_states=("h_n", "c_n")),
+        "batching.padding": relations.junk_after_lengths(),
+        "invariance.reversal": relations.reversal(),
+    },
     fields=(LAYERS, DIRECTIONS),
     carried={"h_n": "h0", "c_n": "c0"},
 )  # fmt: skip

@@ -5,7 +5,7 @@ Oracle: the paper's equations as float64 loops.
 
 from typing import TYPE_CHECKING
 
-from conformance.families import Component, ComponentRecipe, Config, Value
+from conformance.families import Component, ComponentRecipe, Config, Value, relations
 from conformance.families.components import EXACT_GRADIENTS
 
 if TYPE_CHECKING:
@@ -123,4 +123,7 @@ FAMILY = Component(
     truth=truth,
     exact=True,
     reference="reference_impl.nn.lstmn:lstmn",
+    relations={
+        "batching.alone": relations.rows("x", "h0", "c0", "summary0"),
+    },
 )  # fmt: skip

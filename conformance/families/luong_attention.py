@@ -5,7 +5,7 @@ Oracle: the paper's equations as float64 loops.  Input feeding belongs to a deco
 
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
+from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
 from conformance.families.additive_attention import BATCH, HOLES, MASK, SOURCE
 from conformance.families.components import EXACT_GRADIENTS
 
@@ -117,5 +117,11 @@ FAMILY = Component(
     truth=truth,
     exact=True,
     reference="reference_impl.nn.sequence_attention:luong_attention",
+    relations={
+        "batching.alone": relations.rows("query", "memory", "source_mask"),
+        "batching.padding": relations.padding("source_mask", "memory"),
+        "invariance.order": relations.source_order("attentional"),
+        "invariance.weights_sum_to_one": relations.mixes_memory("attentional"),
+    },
     fields=(_SCORE,),
 )  # fmt: skip

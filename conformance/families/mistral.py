@@ -18,6 +18,8 @@ from conformance.families.decoders import (
     rope_keys,
     without,
 )
+from conformance.families.properties import Properties
+from conformance.families.twins import REPEATED_KEY_VALUES, WIDE_WINDOW
 from conformance.probes import ProbeSpec
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -250,4 +252,11 @@ FAMILY = Family(
     module_probes=module_probes,
     kernel_probes=kernel_probes,
     block_checkpoint=partial(block_checkpoint, final_norm="model.norm"),
+    properties=Properties(
+        table=lambda config: "model.embed_tokens.weight",
+        windows=lambda config: (config.get("sliding_window", _DEFAULT_WINDOW),) * config["num_hidden_layers"],
+        tied=lambda config: bool(config.get("tie_word_embeddings", False)),
+        shift=True,
+        twins={"repeated_key_values": REPEATED_KEY_VALUES, "wide_window": WIDE_WINDOW},
+    ),
 )  # fmt: skip

@@ -23,6 +23,8 @@ from conformance.families.decoders import (
     rope_keys,
     without,
 )
+from conformance.families.properties import ROUTED, Properties
+from conformance.families.twins import ONE_EXPERT, REPEATED_KEY_VALUES, WIDE_WINDOW
 from conformance.probes import ProbeSpec
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -301,4 +303,12 @@ FAMILY = Family(
     block_checkpoint=partial(block_checkpoint, final_norm="model.norm"),
     oracle_class="conformance.oracles.mixtral:Mixtral",
     oracle_settings={"experts_implementation": "eager"},
+    properties=Properties(
+        table=lambda config: "model.embed_tokens.weight",
+        windows=lambda config: (config.get("sliding_window"),) * config["num_hidden_layers"],
+        tied=lambda config: bool(config.get("tie_word_embeddings", False)),
+        shift=True,
+        twins={"repeated_key_values": REPEATED_KEY_VALUES, "wide_window": WIDE_WINDOW, "one_expert": ONE_EXPERT},
+        exceptions=ROUTED,
+    ),
 )  # fmt: skip

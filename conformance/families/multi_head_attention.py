@@ -7,7 +7,7 @@ width, queries that see nothing), `torch.nn.functional.linear` and `scaled_dot_p
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
+from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
 from conformance.families.components import ALL, Claims
 
 if TYPE_CHECKING:
@@ -210,6 +210,13 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.multi_head_attention:multi_head_attention",
+    relations={
+        "batching.alone": relations.rows("query", "key", "value", "attention_mask"),
+        "batching.padding": relations.padding("attention_mask", "key", "value"),
+        "invariance.weights_sum_to_one": relations.mixes_values(),
+        "invariance.order": relations.blind_to_order(),
+        "invariance.repeated_key_values": relations.repeated_key_values(),
+    },
     fields=(
         ConfigField(name="causal", default="none", meaning="whether later keys are hidden"),
         ConfigField(name="num_key_value_heads", default="none", meaning="key and value heads"),

@@ -19,6 +19,8 @@ from conformance.families.decoders import (
     rope_keys,
     without,
 )  # fmt: skip
+from conformance.families.properties import Properties
+from conformance.families.twins import REPEATED_KEY_VALUES
 from conformance.probes import ProbeSpec
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -364,4 +366,11 @@ FAMILY = Family(
     module_probes=module_probes,
     kernel_probes=kernel_probes,
     block_checkpoint=partial(block_checkpoint, final_norm="model.final_layernorm"),
+    properties=Properties(
+        table=lambda config: "model.embed_tokens.weight",
+        windows=lambda config: (None,) * config["num_hidden_layers"],
+        tied=lambda config: bool(config.get("tie_word_embeddings", False)),
+        shift=True,
+        twins={"repeated_key_values": REPEATED_KEY_VALUES},
+    ),
 )  # fmt: skip

@@ -6,7 +6,7 @@ Oracle: the paper's equation for A^rel, one query and one key at a time
 
 from typing import TYPE_CHECKING
 
-from conformance.families import Component, ComponentRecipe, Config, Value
+from conformance.families import Component, ComponentRecipe, Config, Value, relations
 from conformance.families.components import EXACT, Claims
 
 if TYPE_CHECKING:
@@ -97,4 +97,7 @@ FAMILY = Component(
     truth=truth,
     exact=True,
     reference="reference_impl.nn.relative_attention:relative_attention",
+    relations={
+        "batching.alone": relations.rows("x", "memory"),
+    },
 )  # fmt: skip

@@ -5,8 +5,13 @@ Oracle: `torch.nn.functional.rms_norm`.
 
 from typing import TYPE_CHECKING, Any
 
+<<<<<<< HEAD
 from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
 from conformance.families.components import ALL, FLOAT16, Claims
+=======
+from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
+from conformance.families.components import ALL
+>>>>>>> main
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,5 +64,9 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.norm:rms_norm",
+    relations={
+        "batching.alone": relations.rows("x"),
+        "invariance.scale": relations.scale("x"),
+    },
     fields=(ConfigField(name="eps", default="1e-6", meaning="ε, inside the root"),),
 )  # fmt: skip

@@ -5,7 +5,7 @@ Oracle: `torch.nn.RNN`.
 
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
+from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
 from conformance.families.components import ALL
 from conformance.families.recurrent import (
     CHUNKS,
@@ -62,6 +62,11 @@ FAMILY = Component(
     ),
     truth=with_mistakes(truth),
     reference="reference_impl.nn.recurrent:rnn",
+    relations={
+        "batching.alone": relations.rows("x", "lengths", states=("h0",), returned_states=("h_n",)),
+        "batching.padding": relations.junk_after_lengths(),
+        "invariance.reversal": relations.reversal(),
+    },
     fields=(LAYERS, DIRECTIONS, _NONLINEARITY),
     carried={"h_n": "h0"},
 )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 from conformance.families import Config, ConfigField, Family, Recipe
 from conformance.families.decoders import field_case
 from conformance.families.encoder_decoders import FULL
+from conformance.families.properties import ENCODER_DECODER, EVERY, Properties
 from conformance.families.sequence_models import (
     ALONE,
     WITH_LOSS,
@@ -256,4 +257,10 @@ FAMILY = Family(
     probe_sizes=probe_sizes,
     module_probes=module_probes,
     kernel_probes=lambda config: {},
+    properties=Properties(
+        table=lambda config: "decoder.embedding.weight",
+        windows=lambda config: (None,),
+        tied=lambda config: False,
+        claims=EVERY | ENCODER_DECODER,
+    ),
 )

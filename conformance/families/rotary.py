@@ -6,7 +6,7 @@ interleaved elements are put into its order and back.
 
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
+from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
 from conformance.families.components import ALL
 
 if TYPE_CHECKING:
@@ -94,6 +94,10 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.rotary_layouts:apply_rotary",
+    relations={
+        "batching.alone": relations.rows("x", "position_ids"),
+        "invariance.shift": relations.rotated_distance(),
+    },
     fields=(
         ConfigField(name="rope_theta", default="none", meaning="base of the frequencies"),
         ConfigField(name="rotary_dim", default="none", meaning="how many elements of a head turn"),

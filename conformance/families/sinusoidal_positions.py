@@ -6,7 +6,7 @@ Oracle: the paper's equations, number by number (`conformance.oracles.equations.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
+from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
 from conformance.families.components import EXACT
 
 if TYPE_CHECKING:
@@ -75,5 +75,8 @@ FAMILY = Component(
     truth=truth,
     exact=True,
     reference="reference_impl.nn.absolute_positions:sinusoidal_positions",
+    relations={
+        "batching.alone": relations.rows("position_ids"),
+    },
     fields=(ConfigField(name="layout", default="none", meaning="where sines and cosines stand"),),
 )  # fmt: skip

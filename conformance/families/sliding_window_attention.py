@@ -5,7 +5,7 @@ Oracle: `torch.nn.functional.scaled_dot_product_attention` with a mask written k
 
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
+from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
 from conformance.families.components import ALL
 
 if TYPE_CHECKING:
@@ -85,5 +85,10 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.multi_head_attention:sliding_window_attention",
+    relations={
+        "batching.alone": relations.rows("query", "key", "value"),
+        "invariance.weights_sum_to_one": relations.mixes_values(axis=2),
+        "invariance.wide_window": relations.wide_window(),
+    },
     fields=(ConfigField(name="sliding_window", default="none", meaning="keys that a query sees, its own included"),),
 )  # fmt: skip

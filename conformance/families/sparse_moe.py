@@ -5,7 +5,7 @@ Oracle: transformers' `MixtralSparseMoeBlock`.
 
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
+from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
 from conformance.families.components import ALL
 
 if TYPE_CHECKING:
@@ -99,5 +99,9 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.sparse_moe:sparse_moe",
+    relations={
+        "batching.alone": relations.rows("x"),
+        "invariance.one_expert": relations.one_expert(),
+    },
     fields=(ConfigField(name="num_experts_per_tok", default="none", meaning="k, how many experts a token uses"),),
 )  # fmt: skip

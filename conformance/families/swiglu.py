@@ -5,7 +5,7 @@ Oracle: `torch.nn.functional`.
 
 from typing import TYPE_CHECKING
 
-from conformance.families import Component, ComponentRecipe, Config, Value
+from conformance.families import Component, ComponentRecipe, Config, Value, relations
 from conformance.families.components import ALL
 
 if TYPE_CHECKING:
@@ -70,4 +70,7 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.feed_forward:swiglu",
+    relations={
+        "batching.alone": relations.rows("x"),
+    },
 )

@@ -5,7 +5,7 @@ Oracle: the paper's equations, one token at a time (`conformance.oracles.equatio
 
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
+from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
 from conformance.families.components import EXACT, Claims
 
 if TYPE_CHECKING:
@@ -80,5 +80,8 @@ FAMILY = Component(
     truth=truth,
     exact=True,
     reference="reference_impl.nn.switch:switch_ffn",
+    relations={
+        "batching.alone": relations.rows("x"),
+    },
     fields=(ConfigField(name="expert_capacity", default="none", meaning="tokens that an expert takes"),),
 )  # fmt: skip

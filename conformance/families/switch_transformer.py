@@ -21,6 +21,7 @@ from typing import Any
 from conformance.families import Config, ConfigField, Family, Recipe
 from conformance.families.decoders import field_case, only_in, without
 from conformance.families.encoder_decoders import MODEST
+from conformance.families.properties import ENCODER_DECODER, EVERY, ROUTED, Properties
 from conformance.probes import ProbeSpec
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -373,6 +374,24 @@ def kernel_probes(config: Config) -> dict[str, tuple[str, str]]:
     return found
 
 
+# --- properties -----------------------------------------------------------------------------------------------------
+
+# `distinct` has room for 3 tokens of a row at an expert, and drops more.
+_SCARCE = dict.fromkeys(
+    (f"{check} distinct" for check in (
+        "cache.any_plan", "cache.fresh_session", "cache.interleaved", "cache.ragged_plan", "batching.decoding",
+    )),
+    "an expert's room is for the tokens of one call: fed in several, none may be dropped that one call drops",
+) | dict.fromkeys(
+    ("batching.padding distinct", "batching.source_padding distinct"), "padding takes room at the experts"
+) | {"causality.encoder distinct": "experts drop the last tokens of a row, so that order counts"}  # fmt: skip
+
+
+def _positionless(config: Config, weights: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """Biases of 0 for every distance."""
+    return config, {n: t * 0 if "relative_attention_bias" in n else t for n, t in weights.items()}
+
+
 _EQUATIONS = r"""
 Encoder, with x (source, d_model) the residual stream, which starts as Wshared[id], in each block:
 
@@ -442,4 +461,13 @@ FAMILY = Family(
     layers_key="num_layers",
     module_kinds={"shared": "embedding"},
     copies=_COPIES,
+    whole_rows_only=lambda config, longest: bool(config.get("expert_capacity", 64) < longest),
+    properties=Properties(
+        table=lambda config: "shared.weight",
+        windows=lambda config: (None,) * len(_blocks(config, "decoder")),
+        tied=lambda config: bool(config.get("tie_word_embeddings", True)),
+        claims=EVERY | ENCODER_DECODER,
+        exceptions=ROUTED | _SCARCE,
+        positionless=_positionless,
+    ),
 )  # fmt: skip

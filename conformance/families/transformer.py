@@ -8,11 +8,13 @@ they do not agree on to 1e-12 are not written.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 from conformance.families import Config, ConfigField, Family, Recipe
 from conformance.families.decoders import field_case, without
 from conformance.families.encoder_decoders import FULL, MODEST
+from conformance.families.properties import ENCODER_DECODER, EVERY, Properties
 from conformance.probes import ProbeSpec
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -105,9 +107,9 @@ def _recipes() -> tuple[Recipe, ...]:
                 **_UNSHARED,
             ),
             weights="transformer/distinct",
-            batch=3,
+            batch=4,
             seq=9,
-            target=10,
+            target=11,
             claims=FULL,
             store=frozenset({"probes", "gradients", "loss"}),
         ),
@@ -325,6 +327,26 @@ def kernel_probes(config: Config) -> dict[str, tuple[str, str]]:
     }
 
 
+# --- properties -----------------------------------------------------------------------------------------------------
+
+# Embeddings so much larger than positions leave nothing of these in float64: 1e-14 of a vector.
+_DROWNED = 2.0**45
+
+
+def _positionless(config: Config, weights: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The embedding tables made so large that positions are lost beside them.
+
+    The first layers' queries and keys, which alone see that size (a norm follows), are made smaller to match.
+    """
+    drowned = {
+        name: tensor * _DROWNED if re.search(r"shared|embed_tokens", name)
+        else tensor / _DROWNED if re.search(r"layers\.0\.self_attn\.[qk]_proj\.weight", name)
+        else tensor
+        for name, tensor in weights.items()
+    }  # fmt: skip
+    return config, drowned
+
+
 _EQUATIONS = r"""
 With x (source, d) the encoder's stream, which starts as sqrt(d) E[id] + PE[position], for each block of the encoder:
 
@@ -375,4 +397,14 @@ FAMILY = Family(
     probe_sizes=probe_sizes,
     module_probes=module_probes,
     kernel_probes=kernel_probes,
+    properties=Properties(
+        table=lambda config: "model.shared.weight" if config.get("share_encoder_decoder_embeddings", True)
+        else "model.decoder.embed_tokens.weight",
+        windows=lambda config: (None,) * config["decoder_layers"],
+        tied=lambda config: bool(config.get("tie_word_embeddings", True)),
+        claims=EVERY | ENCODER_DECODER,
+        positionless=_positionless,
+        untrained=frozenset({"final_logits_bias"}),
+        unmoved={r"\.k_proj\.bias$": "it adds the same number to all scores of a query, which softmax does not see"},
+    ),
 )  # fmt: skip

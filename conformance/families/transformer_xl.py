@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from conformance.families import Config, ConfigField, Family, Recipe, gpt_blocks
 from conformance.families.decoders import WORKING, Claims, field_case, without
+from conformance.families.properties import Properties
 from conformance.probes import ProbeSpec
 
 if TYPE_CHECKING:
@@ -420,6 +421,20 @@ def probe_sizes(config: Config, batch: int, seq: int) -> dict[str, int]:
     }  # fmt: skip
 
 
+# --- properties -----------------------------------------------------------------------------------------------------
+
+_EXCEPTIONS = {
+    "causality.gradient": "the embedding table is cut into clusters of ids",
+    **dict.fromkeys(
+        ("batching.padding", "batching.decoding", "cache.ragged_plan"), "the model knows no padding: it takes no mask"
+    ),
+    **dict.fromkeys(
+        ("cache.any_plan distinct", "cache.fresh_session distinct", "cache.interleaved distinct"),
+        "the memory is shorter than the text: what a call sees ends where its memory does",
+    ),
+}
+
+
 _EQUATIONS = r"""
 With x (seq, d_model) the residual stream, which starts as sqrt(d_model) · P_c E_c[id], c the id's cluster, for each
 block, m being what entered it for the last mem_len tokens before the segment:
@@ -477,4 +492,10 @@ FAMILY = Family(
     module_probes=module_probes,
     kernel_probes=kernel_probes,
     block_checkpoint=block_checkpoint,
+    properties=Properties(
+        table=lambda config: "transformer.word_emb.emb_layers.0.weight",
+        windows=lambda config: (None,) * config["n_layer"],
+        tied=lambda config: False,
+        exceptions=_EXCEPTIONS,
+    ),
 )  # fmt: skip

@@ -18,11 +18,21 @@ from torch import Tensor
 
 from conformance import bounds
 from conformance.cases import Case, Manifest, file_entries, verify_files, write_json, write_manifest
-from conformance.families import FAMILIES, ComponentRecipe, Recipe, TokenizerRecipe, get
+from conformance.families import FAMILIES, ComponentRecipe, Recipe, TokenizerRecipe, claims, get
 from conformance.golden import component, model, tokenizer
 from conformance.golden.common import AGREEMENT, MOVEMENT, REBUILT, REBUILT_NOISE, Derived, GoldenError
 
-__all__ = ["AGREEMENT", "MOVEMENT", "REBUILT", "REBUILT_NOISE", "GoldenError", "make", "verify", "write"]
+__all__ = [
+    "AGREEMENT",
+    "MOVEMENT",
+    "REBUILT",
+    "REBUILT_NOISE",
+    "GoldenError",
+    "make",
+    "verify",
+    "write",
+    "write_claims",
+]
 
 # Whose versions a tokenizer's golden states as well.
 TOKENIZER_PACKAGES = ("sentencepiece", "tokenizers")
@@ -126,8 +136,27 @@ def _order(entry: tuple[str, Any]) -> tuple[int, int]:
 
 
 def _manifest_entry(recipe: AnyRecipe, directory: Path) -> dict[str, Any]:
-    claims = {check: list(dtypes) for check, dtypes in recipe.claims.items()}
-    return {"claims": claims, "files": file_entries(directory / recipe.name)}
+    return {"claims": _claims(recipe), "files": file_entries(directory / recipe.name)}
+
+
+def _claims(recipe: AnyRecipe) -> dict[str, list[str]]:
+    return {check: list(dtypes) for check, dtypes in claims(recipe).items()}
+
+
+def write_claims(directory: Path) -> int:
+    """Write the claims of all recipes into the manifest of goldens that stay as they are; returns how many there are.
+
+    Raises: FixtureError if a stored file is not the manifest's, GoldenError if a case was never made.
+    """
+    cases = Manifest(directory).cases
+    recipes = [recipe for family in FAMILIES for recipe in get(family).recipes]
+    if missing := [recipe.name for recipe in recipes if recipe.name not in cases]:
+        raise GoldenError(f"not made yet: {', '.join(missing)}; conformance golden make writes them")
+    for recipe in recipes:
+        verify_files(directory / recipe.name, cases[recipe.name]["files"])
+        cases[recipe.name]["claims"] = _claims(recipe)
+    write_manifest(directory, cases)
+    return sum(1 for _ in Manifest(directory).claims())
 
 
 def verify(families: Iterable[str], directory: Path, progress: Progress = lambda _: None) -> list[str]:

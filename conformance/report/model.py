@@ -25,8 +25,13 @@ def died(claim: Claim, death: "Died", timeout: float) -> dict[str, Any]:
     return {
         "case": claim.case, "check": claim.check, "dtype": claim.dtype, "outcome": death.outcome, "message": message,
         "kind": death.how, "error": None, "bound": None, "ratio": None, "details": _last_words(death.output),
+<<<<<<< HEAD
         "divergence": None, "equals": None, "diagnosis": None, "notes": [],
         "seconds": timeout if death.outcome == "timeout" else 0.0, "calls": 0,
+=======
+        "divergence": None, "equals": None, "notes": [],
+        "seconds": timeout if death.outcome == "timeout" else 0.0, "calls": 0, "example": None, "examples": 0,
+>>>>>>> main
     }  # fmt: skip
 
 
@@ -42,7 +47,11 @@ def not_run(claim: Claim, reason: str) -> dict[str, Any]:
     return {
         "case": claim.case, "check": claim.check, "dtype": claim.dtype, "outcome": "skipped", "message": reason,
         "kind": "", "error": None, "bound": None, "ratio": None, "details": [], "divergence": None, "equals": None,
+<<<<<<< HEAD
         "diagnosis": None, "notes": [], "seconds": 0.0, "calls": 0,
+=======
+        "notes": [], "seconds": 0.0, "calls": 0, "example": None, "examples": 0,
+>>>>>>> main
     }  # fmt: skip
 
 
@@ -53,10 +62,12 @@ def run_document(
     selection: dict[str, list[str]],
     device: str,
     problem: str | None,
+    search: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The run as one JSON document.
 
     description: the worker's answer to "describe".  selected: how many claims should have been judged.
+    search: profile and seed with which properties were searched.
     """
     try:
         manifest = Manifest()
@@ -76,6 +87,7 @@ def run_document(
         "selection": selection,
         "device": device,
         "problem": problem,
+        "search": search,
         "counts": {"selected": selected, "executed": executed(results)} | {o: counts[o] for o in OUTCOMES},
         "claims": results,
         "fields": field_matrix(results),

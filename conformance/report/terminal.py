@@ -75,6 +75,9 @@ def print_run(console: Console, run: dict[str, Any], spec: str) -> None:
     environment = run["environment"] or {}
     versions = ", ".join(f"{k} {environment[k]}" for k in ("torch", "transformers") if environment.get(k))
     console.print(Text(f"{run['implementation']['name']}   ({versions}, {run['device']})", style="bold"))
+    if (search := run.get("search")) and any(c.get("examples") for c in run["claims"]):
+        examples = sum(c.get("examples", 0) for c in run["claims"])
+        console.print(f"properties: {examples} examples, --profile {search['profile']} --seed {search['seed']}")
     console.print(table(run))
     for line in failures(run, spec):
         console.print(line)

@@ -1,6 +1,10 @@
 """A run as plain text: the block that a failure prints, and the summary.  The terminal report colours these."""
 
+<<<<<<< HEAD
 import re
+=======
+import json
+>>>>>>> main
 import shlex
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +40,8 @@ def failure_lines(result: dict[str, Any], spec: str) -> list[str]:
     lines += [_entry("note", note) for note in result["notes"]]
     case = shlex.quote(result.get("directory", result["case"]))
     options = f"--case {case} --check {result['check']} --dtype {result['dtype']}"
+    if example := result.get("example"):
+        options += f" --example {shlex.quote(json.dumps(example))}"
     lines.append(_entry("reproduce", f"conformance run {shlex.quote(spec)} {options}"))
     return lines
 

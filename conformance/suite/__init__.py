@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from conformance.judge import Judge
 
-GROUPS = ("golden", "cache", "memory", "packed", "component", "tokenizer")
+GROUPS = (
+    "golden", "cache", "memory", "packed", "component", "tokenizer",
+    "shapes", "causality", "reach", "batching", "invariance", "sensitivity", "gradients", "determinism", "round_trip",
+)  # fmt: skip
 
 
 def checks() -> dict[str, "Callable[[Judge], None]"]:

@@ -3,12 +3,18 @@
 from typing import TYPE_CHECKING
 
 from conformance.implementation import Misbehaviour
+from conformance.strategies import interleaved, plans, ragged_plans
+from conformance.suite import drawn
 from conformance.suite.padding import moved, padded_ids, row_truth
+from conformance.suite.related import pieces_agree
+from conformance.suite.test_batching import DECODED as RAGGED_STEPS
+from conformance.suite.test_batching import ragged_session
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from conformance.judge import Judge
+    from conformance.search import Example
 
 # How many tokens are decoded one at a time after a prefill.
 DECODED = 4
@@ -104,3 +110,79 @@ def _feed(
             pieces.append(session.feed(ids[:, part], None if mask is None else mask[:, part]))
             start += size
         return torch.cat(pieces, dim=1)
+
+
+# --- any plan --------------------------------------------------------------------------------------------------------
+
+
+def test_any_plan(judge: "Judge") -> None:
+    """Fed in calls of any sizes, a session gives what one full forward gives.
+
+    First token by token; a prompt and then single tokens; and where there is a window, calls of its size, of one token
+    less and of one more, three windows long.  A recurrent component is fed a sequence in pieces, each with the state
+    that the one before returned.
+    """
+    if judge.is_component:
+        pieces_agree(judge)
+        return
+
+    def holds(example: "Example") -> None:
+        plan = example["plan"]
+        text = drawn.text(judge, example["ids"], example["batch"], sum(plan))
+        what = "logits of a session differ from a full forward's"
+        judge.same(drawn.fed(judge, plan, text), drawn.logits(judge, text), what)
+
+    most = drawn.usual(judge)
+    chosen = [[1] * most, [most - 3, 1, 1, 1]]
+    for window in {window for window in drawn.windows(judge) if window is not None}:
+        chosen += [_calls(most, size) for size in (window - 1, window, window + 1) if size > 1]
+    first = [{"ids": 0, "batch": 2, "plan": plan} for plan in chosen]
+    judge.search(plans(most), holds, first)
+
+
+def test_fresh_session(judge: "Judge") -> None:
+    """A second session starts clean: fed another text than the first, it gives that text's full forward."""
+
+    def holds(example: "Example") -> None:
+        plan = example["plan"]
+        text, other = (drawn.text(judge, example[key], 1, sum(plan)) for key in ("ids", "other"))
+        drawn.fed(judge, plan, text)
+        what = "logits of a second session differ from a full forward's"
+        judge.same(drawn.fed(judge, plan, other), drawn.logits(judge, other), what)
+
+    judge.search(interleaved(drawn.usual(judge)), holds)
+
+
+def test_interleaved(judge: "Judge") -> None:
+    """Two sessions that are fed in turns do not touch each other."""
+    import torch
+
+    def holds(example: "Example") -> None:
+        plan = example["plan"]
+        texts = [drawn.text(judge, example[key], 1, sum(plan)) for key in ("ids", "other")]
+        got: list[list[Tensor]] = [[], []]
+        with judge.precision():
+            sessions = [drawn.session(judge, text) for text in texts]
+            for part in drawn.parts(plan):
+                for pieces, session, text in zip(got, sessions, texts, strict=True):
+                    pieces.append(session.feed(text.ids[:, part]))
+        for pieces, text in zip(got, texts, strict=True):
+            what = "logits of two sessions fed in turns differ from full forwards'"
+            judge.same(torch.cat(pieces, dim=1), drawn.logits(judge, text), what)
+
+    judge.search(interleaved(drawn.usual(judge)), holds, [{"ids": 0, "other": 10_000, "plan": [2, 1]}])
+
+
+def test_ragged_plan(judge: "Judge") -> None:
+    """Prompts of different lengths, padded on the left with junk, fed in calls of any sizes, then decoded together."""
+
+    def holds(example: "Example") -> None:
+        ragged_session(judge, example, example["plan"])
+
+    first = [{"ids": 0, "lengths": [2, 1, 5], "extra": 1, "plan": [2, 3, 1]}]
+    judge.search(ragged_plans(drawn.usual(judge), RAGGED_STEPS), holds, first)
+
+
+def _calls(total: int, size: int) -> list[int]:
+    """Calls of one size, and what is left."""
+    return [size] * (total // size) + ([total % size] if total % size else [])

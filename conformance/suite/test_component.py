@@ -58,12 +58,15 @@ def test_chunks(judge: "Judge") -> None:
     """
     seq = judge.case.inputs["x"].shape[1]
     for plan in ([1] * seq, [2, 1, seq - 3]):
-        for name, got in _fed(judge, plan).items():
+        for name, got in fed(judge, plan, judge.candidate.tensors()).items():
             judge.compare(got, judge.case.expected[name], noise=name, what=f"{name} in pieces of {plan}")
 
 
-def _fed(judge: "Judge", plan: list[int]) -> "dict[str, Tensor]":
-    """The returns by name of a sequence that is fed in pieces of the planned sizes."""
+def fed(judge: "Judge", plan: list[int], given: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """The returns by name of a sequence that is fed in pieces of the planned sizes.
+
+    given: all tensors of a call with the whole sequence.
+    """
     import torch
 
     family = judge.candidate.family
@@ -71,11 +74,10 @@ def _fed(judge: "Judge", plan: list[int]) -> "dict[str, Tensor]":
              if v.axes and "seq" in v.axes.split()}  # fmt: skip
     pieces: list[dict[str, Tensor]] = []
     with judge.precision():
-        given = judge.candidate.tensors()
         for start, size in zip(accumulate([0, *plan[:-1]]), plan, strict=True):
             part = {n: t.narrow(along[n], start, size).clone() if n in along else t for n, t in given.items()}
             pieces.append(judge.candidate(part, {"seq": size}))
-            given |= {argument: pieces[-1][name] for name, argument in family.carried.items()}
+            given = given | {argument: pieces[-1][name] for name, argument in family.carried.items()}
         return {
             name: torch.cat([piece[name] for piece in pieces], along[name]) if name in along else last
             for name, last in pieces[-1].items()

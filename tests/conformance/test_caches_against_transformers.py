@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conformance.golden.decoder import draw_inputs, draw_weights
 
 from conformance.families import get
+from conformance.golden.model import draw_inputs, draw_weights
 from conformance.implementations import reference
 from conformance.oracles.true_double import TrueDouble
 

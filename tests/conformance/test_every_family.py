@@ -151,7 +151,6 @@ EQUAL_AXES = ({"seq", "key"}, {"source", "source_key"})
 FIXED_AXES = {"direction", "piece", "choice"}
 # To be mended when the case is next made anew.
 COINCIDENCES = {
-    "transformer/distinct": [{"batch", "decoder_head"}, {"seq", "decoder_head_dim"}, {"key", "decoder_head_dim"}],
     "phi/distinct": [{"batch", "group"}],
 }
 
@@ -466,10 +465,7 @@ FOLLOWING = {"encoder_sparse_step", "decoder_sparse_step"}
 
 
 # Its label says that ignoring same_length gives plain; ignoring mem_len does.  To be mended when it is next made anew.
-MISNAMED = {"transformer_xl/field-same_length-window"}
-
-
-@recipes(r for r in FIELD_RECIPES.values() if r.name not in MISNAMED)
+@recipes(FIELD_RECIPES.values())
 def test_field_case_moves_its_field_alone(recipe: Recipe) -> None:
     """From what ignoring it gives; if nothing can ignore it, from plain or another case.
 

@@ -341,11 +341,15 @@ class Answers:
             {"outcome": "pass", "message": ""} if answer else Died("exit status 1" if answer is None else "timeout", "")
         )
 
+    def journalled(self) -> None:
+        """No claim was running an example."""
+
 
 def judged(claims: list[Claim], answers: Iterable[bool | None]) -> list[tuple[str, str]]:
     """Outcome and message of each claim, when the worker answers so."""
     run = Run.__new__(Run)
     run.timeout, run.hung, run.worker = 1.0, [], Answers(answers)  # type: ignore[assignment]
+    run.settings, run.directories = {}, {}
     results = [run.judge(claim) for claim in claims]
     return [(result["outcome"], result["message"]) for result in results]
 

@@ -11,10 +11,12 @@ import torch
 
 from reference_impl import __main__ as command
 from reference_impl.checkpoint import load_model, save_model
-from reference_impl.generation import generate
+from reference_impl.generation import Sampling, generate
 from reference_impl.models.gpt2 import GPT2, GPT2Config
 from reference_impl.models.mistral import Mistral, MistralConfig
 from reference_impl.models.transformer import Transformer, TransformerConfig
+from reference_impl.tokenizer import load_tokenizer
+from tokenizer_directories import of_case
 
 PROMPT = [3, 1, 4, 1, 5]
 
@@ -131,8 +133,7 @@ class Letters:
 
 @pytest.fixture
 def letters(monkeypatch):
-    module = SimpleNamespace(load_tokenizer=lambda directory: Letters())
-    monkeypatch.setitem(sys.modules, "reference_impl.tokenizer", module)
+    monkeypatch.setattr(command, "load_tokenizer", lambda directory, file: Letters())
 
 
 @pytest.mark.usefixtures("letters")
@@ -160,9 +161,36 @@ def test_text_is_written_as_soon_as_it_is_there(checkpoint, monkeypatch):
     assert kinds == ["step", "text"] * 3 + ["text"] * 2
 
 
+@pytest.mark.parametrize("case", ["sentencepiece_bpe/plain", "byte_level_bpe/plain"])
+def test_text_is_the_tokenizer_s(checkpoint, capsys, case):
+    """What is written is what decoding the whole text adds to the prompt."""
+    tokenizer = load_tokenizer(of_case(case, checkpoint.parent / "tokenizer"))
+    config = MistralConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=10, intermediate_size=7, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=3, head_dim=4, sliding_window=3,
+    )  # fmt: skip
+    save_model(randomised(Mistral(config)), checkpoint.parent / "tokenizer")
+    ids = tokenizer.encode("a cat", add_special_tokens=True)
+    for seed in range(3):
+        drawn = {"sampling": Sampling(temperature=3.0), "generator": torch.Generator().manual_seed(seed)}
+        new = generate(load_model(checkpoint.parent / "tokenizer"), [ids], max_new_tokens=40, **drawn)[0].ids
+        arguments = ["--prompt", "a cat", "--temperature", "3", "--seed", str(seed), "--max-new-tokens", "40"]
+        assert run(checkpoint.parent / "tokenizer", *arguments) == 0
+        text = capsys.readouterr().out.removesuffix("\n")
+        assert tokenizer.decode(ids) + text == tokenizer.decode(ids + new)
+        assert text
+
+
 def test_without_a_tokenizer_ids_are_asked_for(checkpoint, capsys):
     assert run(checkpoint, "--prompt", "abc") == 2
-    assert "without a tokenizer give --ids instead of --prompt" in capsys.readouterr().err
+    assert "no tokenizer here" in (said := capsys.readouterr().err)
+    assert "--ids instead of --prompt" in said
+
+
+def test_the_file_of_the_tokenizer_may_be_named(checkpoint, capsys):
+    of_case("byte_level_bpe/plain", checkpoint)
+    assert run(checkpoint, "--prompt", "abc", "--tokenizer", "tokenizer.model") == 2
+    assert "tokenizer.model" in capsys.readouterr().err
 
 
 # --- errors

@@ -278,3 +278,11 @@ def test_prompts_of_one_length_need_no_padding():
 def test_padding_that_a_model_does_not_know_is_refused():
     with pytest.raises(ValueError, match="Unpadded knows no padding: give one prompt, or prompts of the same length"):
         generate(Unpadded(), PROMPTS, max_new_tokens=2)
+
+
+def test_no_gradients_are_recorded():
+    """Some sessions leave that to their caller."""
+    model = Unpadded()
+    model.session = lambda: SimpleNamespace(feed=lambda input_ids: model.llama(input_ids))
+    (step,) = stream(model, [PROMPTS[0]], max_new_tokens=1)
+    assert not step.log_probs.requires_grad

@@ -1,0 +1,110 @@
+"""How often a property check blames an implementation that is right.
+
+    python benchmarks/false_alarms.py reference hf --seeds 1000
+
+Every claim of a property is put to the implementation with the examples of one seed after another, all in this process,
+with the models kept loaded.  An outcome other than `pass` and `unsupported` is an alarm; each is printed with what
+repeats it.  With --first the seeds begin elsewhere, so that several processes can share the work.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from collections import Counter, defaultdict
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+from conformance.cases import Case, Claim, Manifest
+from conformance.families import FAMILIES, claims, get
+from conformance.implementation import Candidate, Implementation, resolve
+from conformance.judge import Judge, judge
+from conformance.search import DEFAULT_PROFILE, PROFILES, Settings
+from conformance.suite import checks
+
+# Checkpoints that a check makes of its case, kept for the next seed.
+KEPT = 64
+
+
+class Keeping(Judge):
+    """A judge that loads a checkpoint once, though every seed asks for it."""
+
+    def load_other(self, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> Candidate:
+        key = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name, tensor in sorted(weights.items()):
+            key.update(name.encode())
+            key.update(tensor.contiguous().numpy().tobytes())
+        kept = self.__dict__.setdefault("kept", {})
+        if (found := kept.get(key.digest())) is None:
+            if len(kept) >= KEPT:
+                kept.pop(next(iter(kept)))
+            found = kept[key.digest()] = super().load_other(config, weights)
+        return found  # type: ignore[no-any-return]
+
+
+def property_claims(implementation: Implementation, families: list[str]) -> list[Claim]:
+    """The claims of properties in the families that the implementation declares."""
+    known = set(Manifest().cases)
+    found = []
+    for family in families or FAMILIES:
+        if implementation.families is not None and family not in implementation.families:
+            continue
+        for recipe in get(family).recipes:
+            stated = {check: dtypes for check, dtypes in claims(recipe).items() if check not in recipe.claims}
+            if recipe.name in known:
+                found += [Claim(recipe.name, check, dtype) for check, dtypes in stated.items() for dtype in dtypes]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("implementations", nargs="+")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--profile", choices=PROFILES, default=DEFAULT_PROFILE)
+    parser.add_argument("--family", action="append", default=[])
+    parser.add_argument("--by-check", action="store_true", help="print where the time goes")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    alarms = sum(count_alarms(resolve(name), asked) for name in asked.implementations)
+    raise SystemExit(1 if alarms else 0)
+
+
+def count_alarms(implementation: Implementation, asked: argparse.Namespace) -> int:
+    """Put every claim to the implementation, seed after seed; returns how many alarms there were."""
+    claimed, functions = property_claims(implementation, asked.family), checks()
+    judges: dict[tuple[str, str], Judge] = {}
+    outcomes: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
+    examples, started = 0, time.perf_counter()
+    for seed in range(asked.first, asked.first + asked.seeds):
+        for claim in claimed:
+            place = (claim.case, claim.dtype)
+            if place not in judges:
+                judges[place] = Keeping(implementation, Case(claim.case), claim.dtype, "cpu")
+            judges[place].settings = Settings(profile=asked.profile, seed=seed, seconds=float("inf"))
+            result = judge(functions[claim.check], claim, lambda place=place: judges[place])  # type: ignore[misc]
+            outcomes[result.outcome] += 1
+            seconds[claim.check] += result.seconds
+            examples += result.examples
+            if result.outcome not in ("pass", "unsupported"):
+                print(f"ALARM seed {seed}  {claim}  {result.message}\n      --example '{json.dumps(result.example)}'")
+    took = time.perf_counter() - started
+    if asked.by_check:
+        for check, spent in sorted(seconds.items(), key=lambda item: -item[1]):
+            print(f"{check:<32} {1000 * spent / asked.seeds:7.0f} ms a seed")
+    alarms = sum(count for outcome, count in outcomes.items() if outcome not in ("pass", "unsupported"))
+    print(
+        f"{implementation.spec}: {alarms} alarms in {asked.seeds} seeds of the profile {asked.profile}: "
+        f"{sum(outcomes.values())} verdicts ({dict(outcomes)}), {examples} examples, {took / asked.seeds:.2f} s a seed"
+    )
+    return alarms
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Gradients: what backward gives is the slope that the loss really has."""
+
+import math
+from typing import TYPE_CHECKING
+
+from conformance import bounds, draws
+from conformance.implementation import Misbehaviour, Unsupported, running
+from conformance.strategies import SEEDS
+from conformance.suite import drawn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from conformance.judge import Judge
+    from conformance.search import Example
+
+ROWS, TOKENS = 2, 7
+# A direction's steps, the first one first.  Weights are integers times a power of two, below 2^8 of it; so is a
+# direction, and a step of it is added in float32 without rounding.
+STEPS = (2.0**-13, 2.0**-16)
+
+
+def test_directions(judge: "Judge") -> None:
+    """Along a random direction of all parameters the gradient of the next-token loss is the loss's slope.
+
+    The slope is a central difference D(h) = (loss(θ + h d) − loss(θ − h d)) / 2h of two checkpoints, loaded like any
+    other.  Gradient and slope may differ by |D(2h) − D(h)|, which is three times what h² terms leave in D(h), and by
+    what either loss may be off in float64 (see docs/bounds.md), divided by h.  Where a kink or another choice of
+    experts lies between the checkpoints a shorter step decides.
+    """
+    _check_slopes(judge, sorted(judge.case.weights.keys() - drawn.properties(judge).untrained))
+
+
+def test_tied(judge: "Judge") -> None:
+    """The gradient of a table that is embedding and head at once is the sum of both; the direction is in it alone."""
+    _check_slopes(judge, [drawn.table(judge)])
+
+
+def _check_slopes(judge: "Judge", names: list[str]) -> None:
+    from hypothesis import strategies as st
+
+    parameters = judge.candidate.parameters(names)
+    if parameters is None:
+        raise Unsupported("the model has no parameters by hub name")
+
+    def holds(example: "Example") -> None:
+        text = drawn.text(judge, example["ids"], ROWS, TOKENS)
+        direction = {name: _direction(judge, example["other"], name) for name in names}
+        slope = _slope_by_gradient(judge, parameters, direction, text)
+        found = []
+        for step in STEPS:
+            difference, bound = _slope_by_difference(judge, direction, text, step)
+            if abs(slope - difference) <= bound:
+                return
+            found.append(f"{difference:.9g} ± {bound:.1g} in steps of {step:.1g}")
+        raise Misbehaviour("slope", f"by the gradient the loss rises by {slope:.9g} along a direction, "
+                           f"by differences by {', '.join(found)}")  # fmt: skip
+
+    judge.search(st.fixed_dictionaries({"ids": SEEDS, "other": SEEDS}), holds, share=4)
+
+
+def _direction(judge: "Judge", seed: int, name: str) -> "Tensor":
+    """About as large as the tensor's own largest value; integers times a power of two, float32."""
+    import torch
+
+    weight = judge.case.weights[name]
+    quantum = 2.0 ** math.floor(math.log2(weight.abs().max().item() / 128)) if weight.any() else 0.0
+    drawn_ = draws.integers(f"property/direction/{name}/{seed}", weight.numel(), -draws.LARGEST, draws.LARGEST)
+    return drawn_.view(weight.shape).to(torch.float32) * quantum
+
+
+def _slope_by_gradient(
+    judge: "Judge", parameters: "dict[str, Tensor]", direction: "dict[str, Tensor]", text: drawn.Text
+) -> float:
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    with judge.precision(gradients=True):
+        logits = judge.candidate(**text.arguments()).logits
+        with running("logits.backward()"):
+            _loss(logits, text.ids).backward()
+    slopes = [
+        (parameter.grad.cpu().double() * direction[name].double()).sum()
+        for name, parameter in parameters.items()
+        if parameter.grad is not None
+    ]
+    for parameter in parameters.values():
+        parameter.grad = None
+    return float(sum(slopes))
+
+
+def _slope_by_difference(
+    judge: "Judge", direction: "dict[str, Tensor]", text: drawn.Text, step: float
+) -> tuple[float, float]:
+    """D(h), and how far the true slope may be from it."""
+
+    def at(distance: float) -> float:
+        weights = {name: weight + distance * direction[name] if name in direction else weight
+                   for name, weight in judge.case.weights.items()}  # fmt: skip
+        other = judge.load_other(judge.case.config, weights)
+        return float(_loss(drawn.logits_of(judge, other, text), text.ids))
+
+    loss = {times: at(times * step) for times in (-2, -1, 1, 2)}
+    once, twice = (loss[1] - loss[-1]) / (2 * step), (loss[2] - loss[-2]) / (4 * step)
+    rounding = bounds.SEMANTIC * max(abs(value) for value in loss.values()) / step
+    return once, abs(twice - once) + rounding
+
+
+def _loss(logits: "Tensor", ids: "Tensor") -> "Tensor":
+    """Mean next-token cross-entropy."""
+    import torch
+
+    following = ids[:, 1:].to(logits.device)
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), following.flatten())

@@ -1,0 +1,93 @@
+"""Reach: which tokens move the logits of the last one: all those that the configuration says, and no other."""
+
+from typing import TYPE_CHECKING
+
+from conformance.families.properties import reach
+from conformance.implementation import Misbehaviour
+from conformance.strategies import SEEDS, floats, texts
+from conformance.suite import drawn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from conformance.implementation import Candidate
+    from conformance.judge import Judge
+    from conformance.search import Example
+
+# A token counts as not reaching the last one if none of so many other tokens in its place moves that one's logits.
+ALTERNATIVES = 5
+# Tokens beyond the reach that a text has.
+BEYOND = 3
+
+
+def test_last_row(judge: "Judge") -> None:
+    """The last row is moved by exactly the tokens that can reach it through the layers.
+
+    Where every layer has a window these are the last 1 + Σ (window − 1), the sum over the layers; else all of them.
+    """
+    limit = reach(drawn.windows(judge))
+    most = drawn.usual(judge) if limit is None else min(limit + BEYOND, drawn.longest(judge))
+
+    def holds(example: "Example") -> None:
+        text = drawn.text(judge, example["ids"], 1, example["length"])
+        _exactly(judge, _moving(judge, judge.candidate, text, lambda t, by: drawn.changed(judge, t, by)), limit)
+
+    judge.search(texts(most, rows=1), holds, [{"ids": 0, "batch": 1, "length": most}])
+
+
+def test_one_layer(judge: "Judge") -> None:
+    """In one layer alone a query sees exactly `window` keys, its own included; without a window, all up to its own.
+
+    Each layer stands in a checkpoint of its own, whose embedding table is drawn.
+    """
+    from hypothesis import strategies as st
+
+    windows = drawn.windows(judge)
+    tokens = min(judge.candidate.vocab, 4 * drawn.USUAL_TOKENS)
+    width = drawn.family(judge).probe_sizes(judge.case.config, 1, 1)["hidden"]
+    loaded: dict[int, Candidate] = {}
+
+    def holds(example: "Example") -> None:
+        layer = example["layer"]
+        if layer not in loaded:
+            loaded[layer] = drawn.one_layer(judge, floats(0, "table", (tokens, width)), layer)
+        window = windows[layer]
+        length = drawn.USUAL_TOKENS if window is None else window + BEYOND
+        ids = drawn.ids(judge, example["ids"], 1, min(length, drawn.longest(judge))) % tokens
+        moving = _moving(judge, loaded[layer], drawn.Text(ids, None), lambda t, by: (t + 1 + by) % tokens)
+        _exactly(judge, moving, window, f"layer {layer} alone: ")
+
+    first = [{"layer": layer, "ids": 0} for layer in range(len(windows))]
+    drawn_ = st.fixed_dictionaries({"layer": st.integers(0, len(windows) - 1), "ids": SEEDS})
+    judge.search(drawn_, holds, first)
+
+
+def _moving(
+    judge: "Judge", candidate: "Candidate", text: drawn.Text, other: "Callable[[Tensor, int], Tensor]"
+) -> list[bool]:
+    """For each token of a text (1, length) whether another one in its place moves the last row."""
+    length = text.ids.shape[1]
+    rows = text.ids.repeat(1 + length * ALTERNATIVES, 1)
+    for at in range(length):
+        for by in range(ALTERNATIVES):
+            rows[1 + at * ALTERNATIVES + by, at] = other(text.ids[0, at], by)
+    last = drawn.logits_of(judge, candidate, text.with_ids(rows))[:, -1]
+    return [
+        any(judge.moved(last[1 + at * ALTERNATIVES + by], last[0]) for by in range(ALTERNATIVES))
+        for at in range(length)
+    ]
+
+
+def _exactly(judge: "Judge", moving: list[bool], limit: int | None, where: str = "") -> None:
+    """Raises: Misbehaviour unless the last `limit` tokens move the last row, and they alone."""
+    first = 0 if limit is None else max(0, len(moving) - limit)
+    wanted = [at >= first for at in range(len(moving))]
+    if moving == wanted:
+        return
+    found = ", ".join(str(at) for at, moves in enumerate(moving) if moves) or "none"
+    raise Misbehaviour(
+        "reach", f"{where}the last of {len(moving)} tokens is moved by tokens {found}; "
+        f"it must be moved by {first} to {len(moving) - 1} and no other",
+    )  # fmt: skip

@@ -1,0 +1,70 @@
+"""Sensitivity: every weight of a checkpoint has an effect, so that none is silently not loaded."""
+
+import re
+from typing import TYPE_CHECKING
+
+from conformance import draws
+from conformance.families import get
+from conformance.implementation import Misbehaviour
+from conformance.suite import drawn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from conformance.judge import Judge
+    from conformance.search import Example
+
+# Short texts in many rows: enough tokens for most experts, in few steps of a recurrence.
+ROWS, LENGTH = 16, 5
+# Kinds of tensors that the profile `quick` tries.
+QUICK_KINDS = 20
+# Texts that are tried before a tensor counts as without effect: an expert may get no token of a text.
+TEXTS = 8
+
+
+def test_weights(judge: "Judge") -> None:
+    """When any one tensor of the checkpoint is drawn anew, the logits move.
+
+    The profile `quick` tries one tensor of each kind (names that differ in numbers alone are a kind), of 20 kinds at
+    most; `ci` and `thorough` try all tensors.  A tensor that provably may change without effect is named in the
+    family's file, with the reason; the logits must then not move.
+    """
+    family, case = get(case_family := judge.case.family), judge.case
+    before: dict[int, Tensor] = {}
+
+    def logits_before(seed: int) -> "Tensor":
+        if seed not in before:
+            before[seed] = drawn.logits(judge, drawn.text(judge, seed, ROWS, LENGTH))
+        return before[seed]
+
+    def holds(example: "Example") -> None:
+        name = example["tensor"]
+        changed = draws.tensor(
+            f"property/{case_family}/{example['other']}", name, case.weights[name].shape, family.module_kinds
+        )
+        other = judge.load_other(case.config, case.weights | {name: changed})
+        unmoved = drawn.properties(judge).unmoved
+        reason = next((why for pattern, why in unmoved.items() if re.search(pattern, name)), None)
+        moved = any(
+            judge.moved(drawn.logits_of(judge, other, drawn.text(judge, seed, ROWS, LENGTH)), logits_before(seed))
+            for seed in range(TEXTS if reason is None else 1)
+        )
+        if reason is None and not moved:
+            raise Misbehaviour("no effect", f"the logits do not move when {name} is drawn anew: is it loaded?")
+        if reason is not None and moved:
+            raise Misbehaviour("effect", f"the logits move when {name} is drawn anew; they must not: {reason}")
+
+    judge.each([{"tensor": name, "other": judge.settings.seed} for name in _chosen(judge)], holds)
+
+
+def _chosen(judge: "Judge") -> list[str]:
+    """Names of tensors, all or one of each kind."""
+    kinds: dict[str, list[str]] = {}
+    for name in judge.case.weights:
+        kinds.setdefault(re.sub(r"\d+", "N", name), []).append(name)
+    if judge.settings.profile != "quick":
+        return [name for names in kinds.values() for name in names]
+    seed = judge.settings.seed
+    order = draws.integers(f"property/kinds/{seed}", len(kinds), 0, 2**16 - 1).argsort(stable=True)
+    chosen = [list(kinds)[place] for place in sorted(order[:QUICK_KINDS].tolist())]
+    return [kinds[kind][int(draws.integers(f"property/{kind}/{seed}", 1, 0, len(kinds[kind]) - 1))] for kind in chosen]
