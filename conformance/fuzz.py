@@ -171,10 +171,11 @@ class Fuzzer:
             self.found.unsupported[said] = self.found.unsupported.get(said, 0) + 1
         self.found.passed += result["outcome"] == "pass"
 
-    def _judge(self, claim: Claim, directory: Path) -> dict[str, Any]:
+    def _judge(self, claim: Claim, directory: Path, diagnose: bool = False) -> dict[str, Any]:
         answer = self.worker.request(
-            TIMEOUT, op="judge", case=claim.case, check=claim.check, dtype=claim.dtype, directory=str(directory)
-        )
+            TIMEOUT, op="judge", case=claim.case, check=claim.check, dtype=claim.dtype, directory=str(directory),
+            diagnose=diagnose,
+        )  # fmt: skip
         return died(claim, answer, TIMEOUT) if isinstance(answer, Died) else answer
 
     def _keep(self, directory: Path, result: dict[str, Any], made: Recipe) -> None:

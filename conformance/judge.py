@@ -139,14 +139,7 @@ class Judge:
     plan: sizes of the calls that it fed a session, when that can be replayed for localisation.
     compared: every comparison of the check at hand.
     forward_is_right: what `golden.logits` came to in this dtype, once it has been judged.
-<<<<<<< HEAD
-    diagnoses: whether a failure is diagnosed, which takes seconds.
-    """
-
-    def __init__(self, implementation: Implementation, case: Case, dtype: str, device: str, diagnoses: bool = True):
-        self.diagnoses = diagnoses
-=======
-    settings: how properties are searched.
+    settings: how properties are searched, and whether failures are diagnosed.
     example: the one that broke the property at hand; examples: how many were run; also: what else was broken;
         out_of_time: whether the search was cut short.
     """
@@ -154,7 +147,6 @@ class Judge:
     settings = Settings()
 
     def __init__(self, implementation: Implementation, case: Case, dtype: str, device: str):
->>>>>>> main
         self.implementation, self.case, self.dtype, self.device = implementation, case, dtype, device
         case.read()
         family = get(case.family)
@@ -363,7 +355,7 @@ def _diagnose(check: Callable[[Judge], None], session: Judge, result: Result) ->
     not diagnosed again.
     """
     follows = result.claim.check != session.forward and session.forward_is_right is False
-    if result.equals or follows or not session.diagnoses or not session.compared:
+    if result.equals or follows or not session.settings.diagnose or not session.compared:
         return
     try:
         from conformance.diagnosis import diagnose

@@ -26,6 +26,7 @@ from conformance.judge import Judge, Result, judge
 from conformance.mistakes import Mistake, catalogue, get
 from conformance.mistakes.patching import Patch
 from conformance.probes import word
+from conformance.search import Settings
 from conformance.suite import checks
 
 # What a mutant can come to in a family.
@@ -169,7 +170,8 @@ def _results(implementation: Implementation, claims: Iterable[Claim]) -> Iterato
     def prepared(claim: Claim) -> Judge:
         key = claim.case, claim.dtype
         if key not in judges:
-            judges[key] = Judge(implementation, _case(claim.case), claim.dtype, "cpu", diagnoses=False)
+            judges[key] = Judge(implementation, _case(claim.case), claim.dtype, "cpu")
+            judges[key].settings = Settings(diagnose=False)
         return judges[key]
 
     for claim in claims:

@@ -96,7 +96,6 @@ def checks() -> str:
     return "# Checks\n\n" + "\n\n".join(sections) + "\n"
 
 
-<<<<<<< HEAD
 def mistakes() -> str:
     """The catalogue, topic by topic."""
     from inspect import getdoc
@@ -131,7 +130,8 @@ def mistake(entry: Mistake) -> str:
         where = ", ".join(family for family, given in entry.equivalent.items() if given == reason)
         lines.append(f"- *No output shows it in {where}:* {reason}")
     return "\n".join(lines) + "\n"
-=======
+
+
 def properties() -> str:
     """Which families have which property, why not, and the mistakes that show that each check can fail."""
     from inspect import getdoc
@@ -180,7 +180,6 @@ def properties() -> str:
 def _property_checks(recipe: Any) -> list[str]:
     """The property checks that a case claims."""
     return [check for check in claims(recipe) if check not in recipe.claims]
->>>>>>> main
 
 
 def family(name: str) -> str:
@@ -336,11 +335,8 @@ def models_table() -> str:
 def pages() -> dict[Path, str]:
     """Every generated file with its content."""
     made = {ROOT / "docs/probes.md": NOTICE + probes(), ROOT / "docs/checks.md": NOTICE + checks()}
-<<<<<<< HEAD
     made[ROOT / "docs/mistakes.md"] = NOTICE + mistakes()
-=======
     made[ROOT / "docs/properties.md"] = NOTICE + properties()
->>>>>>> main
     made |= {ROOT / f"docs/families/{name}.md": NOTICE + family(name) for name in FAMILIES}
     readme = ROOT / "README.md"
     text = _between(readme.read_text(), "models", models_table)

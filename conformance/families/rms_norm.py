@@ -5,13 +5,8 @@ Oracle: `torch.nn.functional.rms_norm`.
 
 from typing import TYPE_CHECKING, Any
 
-<<<<<<< HEAD
-from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value
-from conformance.families.components import ALL, FLOAT16, Claims
-=======
 from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
-from conformance.families.components import ALL
->>>>>>> main
+from conformance.families.components import ALL, FLOAT16, Claims
 
 if TYPE_CHECKING:
     from torch import Tensor

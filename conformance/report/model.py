@@ -25,13 +25,8 @@ def died(claim: Claim, death: "Died", timeout: float) -> dict[str, Any]:
     return {
         "case": claim.case, "check": claim.check, "dtype": claim.dtype, "outcome": death.outcome, "message": message,
         "kind": death.how, "error": None, "bound": None, "ratio": None, "details": _last_words(death.output),
-<<<<<<< HEAD
         "divergence": None, "equals": None, "diagnosis": None, "notes": [],
-        "seconds": timeout if death.outcome == "timeout" else 0.0, "calls": 0,
-=======
-        "divergence": None, "equals": None, "notes": [],
         "seconds": timeout if death.outcome == "timeout" else 0.0, "calls": 0, "example": None, "examples": 0,
->>>>>>> main
     }  # fmt: skip
 
 
@@ -47,11 +42,7 @@ def not_run(claim: Claim, reason: str) -> dict[str, Any]:
     return {
         "case": claim.case, "check": claim.check, "dtype": claim.dtype, "outcome": "skipped", "message": reason,
         "kind": "", "error": None, "bound": None, "ratio": None, "details": [], "divergence": None, "equals": None,
-<<<<<<< HEAD
-        "diagnosis": None, "notes": [], "seconds": 0.0, "calls": 0,
-=======
-        "notes": [], "seconds": 0.0, "calls": 0, "example": None, "examples": 0,
->>>>>>> main
+        "diagnosis": None, "notes": [], "seconds": 0.0, "calls": 0, "example": None, "examples": 0,
     }  # fmt: skip
 
 

@@ -1,10 +1,7 @@
 """A run as plain text: the block that a failure prints, and the summary.  The terminal report colours these."""
 
-<<<<<<< HEAD
-import re
-=======
 import json
->>>>>>> main
+import re
 import shlex
 from collections.abc import Callable
 from typing import Any
