@@ -12,13 +12,15 @@ Never changes a verdict, and never guesses: what is not reproduced is an unknown
 """
 
 import copy
+import inspect
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -66,17 +68,6 @@ class Hypothesis:
     mistakes: tuple[Mistake, ...] = ()
     field: str | None = None
     touches: frozenset[str] = frozenset()
-
-    @property
-    def when_loading(self) -> bool:
-        """Whether it may be made while the model is built, so that a loaded one would not show it."""
-        return any(_matters_when_loading(swap.target) for mistake in self.mistakes for swap in mistake.swaps)
-
-
-def _matters_when_loading(target: str) -> bool:
-    module, _, path = target.partition(":")
-    name = path.split(".")[-1]
-    return module.endswith("checkpoint") or "Config" in path or name == "__init__" or "." not in path
 
 
 def of_mistake(mistake: Mistake) -> Hypothesis:
@@ -139,16 +130,18 @@ class Simulator:
 
     def __init__(self, check: Check, judge: Judge):
         self.check, self.judge, self.family = check, judge, get(judge.case.family)
+        self._is_component = isinstance(self.family, Component)
         self._model: Any = None
+        self._loading: set[CodeType] = set()  # what was called while it was loaded
         self.right = self.simulate(None)
 
     def simulate(self, hypothesis: Hypothesis | None) -> Values | None:
         """What the check would compare; None if it does not run to its end."""
         try:
-            if hypothesis is not None and not hypothesis.when_loading and not hypothesis.field:
-                values = self._run(self._patched(Patch(*hypothesis.mistakes)), mutant(*hypothesis.mistakes))
-                if difference(values, self.right, self.judge)[0] > 0.0:
-                    return values
+            if hypothesis is not None and hypothesis.mistakes and not hypothesis.field and not self._is_component:
+                patch = Patch(*hypothesis.mistakes)
+                if not self._acts_on_loading(patch):
+                    return self._run(self._patched(patch), mutant(*hypothesis.mistakes))
             case = _with_default(self.judge.case, hypothesis.field) if hypothesis and hypothesis.field else None
             implementation = mutant(*(hypothesis.mistakes if hypothesis else ()))
             return self._run(self._loaded(implementation, case or self.judge.case), implementation)
@@ -164,14 +157,23 @@ class Simulator:
             return ComponentCandidate(implementation, self.family, case, dtype, "cpu")
         return load_checkpoint(implementation, case.config, case.weights, dtype, "cpu")
 
+    def _acts_on_loading(self, patch: Patch) -> bool:
+        """Whether a patch replaces what is called while the model is loaded, so that a loaded one would not show it."""
+        if self._model is None:
+            before = sys.getprofile()
+            sys.setprofile(lambda frame, event, _: self._loading.add(frame.f_code) if event == "call" else None)
+            try:
+                self._model = self._loaded(mutant(), self.judge.case)
+            finally:
+                sys.setprofile(before)
+        functions = [getattr(original, "fget", None) or inspect.unwrap(original) for original in patch.originals]
+        codes = [getattr(getattr(f, "__func__", f), "__code__", None) for f in functions]
+        return None in codes or not self._loading.isdisjoint(codes)
+
     def _patched(self, patch: Patch) -> Any:
         """The right model, loaded once, run under a patch."""
-        if isinstance(self.family, Component):
-            raise TypeError("a component is not loaded")
-        if self._model is None:
-            self._model = self._loaded(mutant(), self.judge.case)
         dtype = getattr(torch, self.judge.dtype)
-        with precision("float64"):
+        with precision(self.judge.dtype):
             pristine = copy.deepcopy(self._model.model.__wrapped__)  # what a mistake leaves behind must not stay
         return Candidate(model_under(patch, pristine), dtype, torch.device("cpu"), vocabulary(self.judge.case.config))
 

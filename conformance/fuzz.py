@@ -218,8 +218,17 @@ class Fuzzer:
 
         with contextlib.suppress(Disagreement, Flaky, TimeIsUp):  # what it came to is in `found`
             try_example()
+        self._diagnose()
         self.found.seconds = time.perf_counter() - started
         return self.found
+
+    def _diagnose(self) -> None:
+        """Name the mistake of the smallest failure; while examples shrink there is no time for it."""
+        failure, directory = self.found.failure, self.found.directory
+        if failure is None or directory is None or failure["outcome"] != "fail":
+            return
+        again = self._judge(Claim(failure["case"], failure["check"], failure["dtype"]), directory, diagnose=True)
+        failure["diagnosis"] = again["diagnosis"]
 
 
 def fuzz(

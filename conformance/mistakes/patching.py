@@ -63,6 +63,11 @@ class Patch:
             key = (id(place.owner), place.name)
             self._places[key], self._values[key] = place, made
 
+    @property
+    def originals(self) -> list[Any]:
+        """What is replaced."""
+        return [place.original for place in self._places.values()]
+
     def __enter__(self) -> None:
         self._depth += 1
         if self._depth == 1:
