@@ -18,8 +18,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from types import CodeType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -54,6 +54,8 @@ UNEXPLAINED = {"float64": 1e-3}
 UNEXPLAINED_ROUNDED = 0.1
 # Reproductions that differ by less than rounding are equally good.
 EQUALLY_GOOD = 1e-12
+# So many searches in vain are made for one implementation.
+MOST_UNKNOWN = 5
 # A mistake that is only near is worth a word if it leaves so much of the error.
 NEAR = 0.1
 
@@ -101,9 +103,9 @@ def hypotheses(family: str) -> tuple[Hypothesis, ...]:
 class Simulation(Judge):
     """Runs a check and only keeps what it would compare."""
 
-    def __init__(self, of: Judge, implementation: Implementation, candidate: Any):
-        self.implementation, self.candidate, self.case = implementation, candidate, of.case
-        self.dtype, self.device, self.forward, self.forward_is_right = of.dtype, of.device, of.forward, None
+    def __init__(self, case: "Case", dtype: str, device: str, implementation: Implementation, candidate: Any):
+        self.case, self.dtype, self.device = case, dtype, device
+        self.implementation, self.candidate, self.forward_is_right = implementation, candidate, None
         self.begin()
 
     def compare(self, got: Any, truth: Any, *, real: Any = None, noise: str = "logits", what: str = "logits",
@@ -126,36 +128,41 @@ def by_name(compared: Iterable[Compared]) -> Values:
 
 
 class Simulator:
-    """The reference, on the claim of a judge, with and without mistakes."""
+    """The reference, on one claim, with and without mistakes; remembers what it has simulated."""
 
-    def __init__(self, check: Check, judge: Judge):
-        self.check, self.judge, self.family = check, judge, get(judge.case.family)
+    def __init__(self, check: Check, case: "Case", dtype: str):
+        self.check, self.case, self.dtype, self.family = check, case, dtype, get(case.family)
         self._is_component = isinstance(self.family, Component)
         self._model: Any = None
         self._loading: set[CodeType] = set()  # what was called while it was loaded
-        self.right = self.simulate(None)
+        self._known: dict[str, Values | None] = {}
+        self.right = self._simulate(None)
 
-    def simulate(self, hypothesis: Hypothesis | None) -> Values | None:
+    def simulate(self, hypothesis: Hypothesis) -> Values | None:
         """What the check would compare; None if it does not run to its end."""
+        if hypothesis.id not in self._known:
+            self._known[hypothesis.id] = self._simulate(hypothesis)
+        return self._known[hypothesis.id]
+
+    def _simulate(self, hypothesis: Hypothesis | None) -> Values | None:
         try:
             if hypothesis is not None and hypothesis.mistakes and not hypothesis.field and not self._is_component:
                 patch = Patch(*hypothesis.mistakes)
                 if not self._acts_on_loading(patch):
                     return self._run(self._patched(patch), mutant(*hypothesis.mistakes))
-            case = _with_default(self.judge.case, hypothesis.field) if hypothesis and hypothesis.field else None
+            case = _with_default(self.case, hypothesis.field) if hypothesis and hypothesis.field else self.case
             implementation = mutant(*(hypothesis.mistakes if hypothesis else ()))
-            return self._run(self._loaded(implementation, case or self.judge.case), implementation)
+            return self._run(self._loaded(implementation, case), implementation)
         except Exception:  # a mistake that cannot be made here, or that does not run
             return None
 
     def _run(self, candidate: Any, implementation: Implementation) -> Values:
-        return Simulation(self.judge, implementation, candidate).run(self.check)
+        return Simulation(self.case, self.dtype, "cpu", implementation, candidate).run(self.check)
 
     def _loaded(self, implementation: Implementation, case: "Case") -> Any:
-        dtype = self.judge.dtype
         if isinstance(self.family, Component):
-            return ComponentCandidate(implementation, self.family, case, dtype, "cpu")
-        return load_checkpoint(implementation, case.config, case.weights, dtype, "cpu")
+            return ComponentCandidate(implementation, self.family, case, self.dtype, "cpu")
+        return load_checkpoint(implementation, case.config, case.weights, self.dtype, "cpu")
 
     def _acts_on_loading(self, patch: Patch) -> bool:
         """Whether a patch replaces what is called while the model is loaded, so that a loaded one would not show it."""
@@ -163,7 +170,7 @@ class Simulator:
             before = sys.getprofile()
             sys.setprofile(lambda frame, event, _: self._loading.add(frame.f_code) if event == "call" else None)
             try:
-                self._model = self._loaded(mutant(), self.judge.case)
+                self._model = self._loaded(mutant(), self.case)
             finally:
                 sys.setprofile(before)
         functions = [getattr(original, "fget", None) or inspect.unwrap(original) for original in patch.originals]
@@ -172,10 +179,14 @@ class Simulator:
 
     def _patched(self, patch: Patch) -> Any:
         """The right model, loaded once, run under a patch."""
-        dtype = getattr(torch, self.judge.dtype)
-        with precision(self.judge.dtype):
+        with precision(self.dtype):
             pristine = copy.deepcopy(self._model.model.__wrapped__)  # what a mistake leaves behind must not stay
-        return Candidate(model_under(patch, pristine), dtype, torch.device("cpu"), vocabulary(self.judge.case.config))
+        model, dtype = model_under(patch, pristine), getattr(torch, self.dtype)
+        return Candidate(model, dtype, torch.device("cpu"), vocabulary(self.case.config))
+
+
+# A case's claims are judged one after the other; those of other candidates meet the same simulations.
+simulator = lru_cache(maxsize=4)(Simulator)
 
 
 def _with_default(case: "Case", field: str) -> "Case":
@@ -209,7 +220,7 @@ def _at_default(config: Config, field: str, default: str, leave_out: bool) -> Co
 # --- comparing ----------------------------------------------------------------------------------------------------------
 
 
-def difference(values: Values | None, others: Values | None, judge: Judge) -> tuple[float, bool]:
+def difference(values: Values | None, others: Values | None, case: "Case", dtype: str) -> tuple[float, bool]:
     """The largest error of `values` against others, relative to the truth, over what `values` holds; and whether each
     is within what the dtype allows.  Infinite where one lacks something, or is finite and the other is not.
     """
@@ -221,7 +232,7 @@ def difference(values: Values | None, others: Values | None, judge: Judge) -> tu
         if got.shape != other.shape or not got.isfinite().equal(other.isfinite()):
             return math.inf, False
         scaled = Compared(mine.what, got, truth, mine.noise, mine.scale or bounds.magnitude(truth))
-        judgement = scaled.judged(judge.case, judge.dtype, got.nan_to_num(0, 0, 0), other.nan_to_num(0, 0, 0))
+        judgement = scaled.judged(case, dtype, got.nan_to_num(0, 0, 0), other.nan_to_num(0, 0, 0))
         largest, within = max(largest, judgement.error.max), within and judgement.passed
     return largest, within
 
@@ -237,28 +248,32 @@ class Failing:
 
     def leaves(self, simulated: Values | None) -> float:
         """How much of the error a simulation leaves; infinite if it has nothing to do with it."""
-        return difference(self.values, simulated, self.judge)[0]
+        return difference(self.values, simulated, self.judge.case, self.judge.dtype)[0]
 
     def reproduced(self, simulated: Values | None) -> float | None:
         """To what difference a simulation gives the candidate's values; None if it does not."""
-        apart, within = difference(self.values, simulated, self.judge)
         dtype = self.judge.dtype
+        apart, within = difference(self.values, simulated, self.judge.case, dtype)
         close = apart <= REPRODUCED if dtype == "float64" else within
         return apart if close and apart <= UNEXPLAINED.get(dtype, UNEXPLAINED_ROUNDED) * self.error else None
 
 
 def _failing(check: Check, judge: Judge) -> Failing:
     """The values of the failed check and, as it stops at the first wrong one, of all that follow, from a second run."""
-    judged, calls = by_name(judge.compared), judge.candidate.calls
+    judged, calls, case, dtype = by_name(judge.compared), judge.candidate.calls, judge.case, judge.dtype
     try:
-        values = Simulation(judge, judge.implementation, judge.candidate).run(check)
+        values = Simulation(case, dtype, judge.device, judge.implementation, judge.candidate).run(check)
     except Exception:
         values = judged
     judge.candidate.calls = calls
-    unsteady = difference(judged, values, judge)[0] > EQUALLY_GOOD and judge.dtype == "float64"
+    unsteady = difference(judged, values, case, dtype)[0] > EQUALLY_GOOD and dtype == "float64"
     values = judged if unsteady else values
-    truth = {name: Compared(c.what, c.truth, c.truth, c.noise, c.scale, c.real) for name, c in values.items()}
-    return Failing(judge, values, difference(values, truth, judge)[0], unsteady)
+    return Failing(judge, values, difference(values, truths(values), case, dtype)[0], unsteady)
+
+
+def truths(values: Values) -> Values:
+    """The same comparisons with the truth in the place of what was got."""
+    return {name: replace(compared, got=compared.truth) for name, compared in values.items()}
 
 
 # --- searching ----------------------------------------------------------------------------------------------------------
@@ -270,23 +285,24 @@ _found: "WeakKeyDictionary[Implementation, SimpleNamespace]" = WeakKeyDictionary
 
 def diagnose(check: Check, judge: Judge, result: Result) -> tuple[dict[str, Any] | None, list[str]]:
     """The diagnosis (as the run's schema has it) of a failed check, or None with a note why there is none."""
-    failing, simulator = _failing(check, judge), Simulator(check, judge)
-    right = by_name(Compared(c.what, c.truth, c.truth, c.noise, c.scale, c.real) for c in (simulator.right or {}).values())
-    if not right or not difference(right, simulator.right, judge)[1]:
+    failing, simulated = _failing(check, judge), simulator(check, judge.case, judge.dtype)
+    right = simulated.right
+    if right is None or not difference(right, truths(right), judge.case, judge.dtype)[1]:
         return None, ["not diagnosed: reference_impl itself does not pass this claim in this process"]
-    memory = _found.setdefault(judge.implementation, SimpleNamespace(known=[], unknown=set()))
+    memory = _found.setdefault(judge.implementation, SimpleNamespace(known=[], unknown=[]))
     kind = judge.case.name, result.claim.check.split(".")[0]
-    search = Search(simulator, failing, suspects(judge.case, result.divergence), result.claim.check)
+    searched = kind in memory.unknown or len(memory.unknown) >= MOST_UNKNOWN
+    search = Search(simulated, failing, suspects(judge.case, result.divergence), result.claim.check)
     hits = search.first_that_reproduce([memory.known])
-    if not hits and kind not in memory.unknown:
+    if not hits and not searched:
         hits = search.first_that_reproduce(search.stages()) or search.two_at_once(result.divergence)
         if hits:
             memory.known.append(tuple(hypothesis for _, hypothesis in hits))
         else:
-            memory.unknown.add(kind)
+            memory.unknown.append(kind)
     if hits:
         return _named(hits), []
-    return _unknown(search, failing, result), []
+    return _unknown(search, failing, result, searched), []
 
 
 Hits = list[tuple[float, Hypothesis]]
@@ -413,22 +429,34 @@ def _named(hits: Hits) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _unknown(search: Search, failing: Failing, result: Result) -> dict[str, Any]:
+def _unknown(search: Search, failing: Failing, result: Result, searched: bool) -> dict[str, Any]:
     judge = failing.judge
     last = judge.compared[-1]
     bound = result.judgement.bound.max if result.judgement else bounds.SEMANTIC
     window = judge.case.config.get("sliding_window")
-    wrong = Wrong(last.got, last.truth, bound, last.real, tuple(judge.plan), window if isinstance(window, int) else None)
+    wrong = Wrong(last.got, last.truth, bound, last.real, tuple(judge.plan), window if isinstance(window, int) else None,
+                  rows=_has_rows(judge, last.what))  # fmt: skip
     said = ["the same call gives other values when it is repeated"] if failing.unsteady else []
     if sign := signature(wrong):
         said.append(sign)
-    near = sorted((hit for hit in search.near if hit[0] <= NEAR * failing.error), key=lambda hit: hit[0])[:3]
+    near = sorted((hit for hit in search.near if hit[0] <= NEAR * failing.error < math.inf), key=lambda hit: hit[0])[:3]
     if near:
         close = ", ".join(f"{h.id} (leaves {apart / failing.error:.1%} of the error)" for apart, h in near)
         said.append(f"near, and not the same: {close}")
-    said.append(f"none of {len(search.near)} simulated mistakes gives these values")
+    if not searched:
+        said.append(f"none of {len(search.near)} simulated mistakes gives these values")
     if search.out_of_time:
         said.append(f"{len(hypotheses(judge.case.family)) - len(search.near)} were not tried for want of time")
-    return {"kind": "unknown", "id": None, "text": "; ".join(said), "reproduced_to": None, "fix": ""}
+    text = "; ".join(said) or "see the other failures of this implementation"
+    return {"kind": "unknown", "id": None, "text": text, "reproduced_to": None, "fix": ""}
 
 
+
+
+def _has_rows(judge: Judge, what: str) -> bool:
+    """Whether the first axes of a value are those of rows of tokens."""
+    family = get(judge.case.family)
+    if not isinstance(family, Component):
+        return True
+    axes = {value.name: value.axes or "" for value in family.returns}
+    return axes.get(what.split(" ")[0], "").startswith("batch seq ")

@@ -25,6 +25,7 @@ class Wrong:
     real: (batch, seq) mask of the rows that count; None: all.
     calls: sizes of the calls that a session was fed in; empty if it was none.
     window: how many keys a query sees, where the configuration says so.
+    rows: whether the first two dimensions are batch and sequence.
     """
 
     got: Tensor
@@ -33,6 +34,7 @@ class Wrong:
     real: Tensor | None = None
     calls: tuple[int, ...] = ()
     window: int | None = None
+    rows: bool = True
 
     @property
     def slack(self) -> float:
@@ -40,7 +42,7 @@ class Wrong:
 
     def errors(self) -> Tensor | None:
         """(batch, seq) largest error of each row, 0 where none counts; None if there are no such rows."""
-        if self.got.ndim < 3:
+        if self.got.ndim < 3 or not self.rows:
             return None
         error = (self.got - self.truth).abs().flatten(2).amax(-1).nan_to_num(math.inf)
         return error if self.real is None else error.masked_fill(~self.real, 0.0)
@@ -80,7 +82,7 @@ def another_order(wrong: Wrong) -> str | None:
 
 def one_position_late(wrong: Wrong) -> str | None:
     """Or early."""
-    if wrong.got.ndim < 3 or wrong.got.shape[1] <= ENOUGH_ROWS or wrong.real is not None:
+    if not wrong.rows or wrong.got.ndim < 3 or wrong.got.shape[1] <= ENOUGH_ROWS or wrong.real is not None:
         return None
     for by, said in ((1, "before"), (-1, "after")):
         early, late = slice(None, -1), slice(1, None)
@@ -91,7 +93,7 @@ def one_position_late(wrong: Wrong) -> str | None:
 
 
 def same_error_everywhere(wrong: Wrong) -> str | None:
-    if wrong.got.ndim < 3:
+    if not wrong.rows or wrong.got.ndim < 3:
         return None
     got, truth = wrong.kept()
     error = (got - truth).flatten(0, -2)
