@@ -42,8 +42,14 @@ def implementations() -> Rows:
     return [(name, text) for name, (_, text) in BUILT_IN.items()]
 
 
+def mistakes() -> Rows:
+    from conformance.mistakes import catalogue
+
+    return [(mistake.id, mistake.what) for mistake in catalogue().values()]
+
+
 def explain(identifier: str) -> str:
-    """The explanation of a family, case, check, probe or config field.
+    """The explanation of a family, case, check, probe, config field or mistake.
 
     A probe may be given with its layer (`layers.1.attention.key`); a field as `rope_theta` or `llama.rope_theta`.
     Raises: KeyError with a message that names the nearest identifiers.
@@ -62,7 +68,11 @@ def explain(identifier: str) -> str:
         return f"{probe}: {VOCABULARY[probe]}.\n\n" + "\n".join(_probe_shapes(probe))
     if found := _fields(identifier):
         return found
-    raise KeyError(_unknown(identifier, [*FAMILIES, *Manifest().cases, *functions, *VOCABULARY]))
+    from conformance.mistakes import catalogue  # imports torch
+
+    if identifier in catalogue():
+        return catalogue()[identifier].to_text()
+    raise KeyError(_unknown(identifier, [*FAMILIES, *Manifest().cases, *functions, *VOCABULARY, *catalogue()]))
 
 
 def _family(name: str) -> str:

@@ -28,13 +28,13 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-LISTS = ("families", "cases", "checks", "implementations")
+LISTS = ("families", "cases", "checks", "implementations", "mistakes")
 
 
 @main.command("list")
 @click.argument("what", type=click.Choice(LISTS), default="families")
 def list_command(what: str) -> None:
-    """Show the families, cases, checks or implementations there are."""
+    """Show the families, cases, checks, implementations or mistakes there are."""
     from conformance import catalogue
 
     rows = getattr(catalogue, what)()
@@ -145,13 +145,49 @@ def fuzz(implementation: str, family: tuple[str, ...], examples: int, **options:
 @main.command()
 @click.argument("identifier", metavar="ID")
 def explain(identifier: str) -> None:
-    """Explain a family, case, check, probe or config field."""
+    """Explain a family, case, check, probe, config field or mistake."""
     from conformance import catalogue
 
     try:
         click.echo(catalogue.explain(identifier))
     except KeyError as error:
         raise CannotRun(str(error.args[0])) from error
+
+
+@main.command()
+@click.option("--family", "families", multiple=True, help="Only in this family (repeatable).")
+@click.option("--mistake", "mistakes", multiple=True, help="Only this mistake (repeatable).")
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes.  [default: one a core]")
+@click.option("--all", "everything", is_flag=True, help="Run every claim, not only up to the first kill.")
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write what was found.")
+def mutate(
+    families: tuple[str, ...], mistakes: tuple[str, ...], jobs: int | None, everything: bool, file: Path | None
+) -> None:
+    """Run the suite on the mistakes of its catalogue, each made in `reference_impl`: it must fail them all.
+
+    Exit status: 0 all killed by a check that they name (or equivalent, as declared), 1 one was not, 2 could not run.
+    """
+    from itertools import groupby
+
+    from conformance import mutation
+    from conformance.cases import FixtureError, write_json
+
+    try:
+        outcomes = []
+        found = mutation.run(mutation.pairs(families, mistakes), jobs or mutation.default_jobs(), everything)
+        for mistake, of_mistake in groupby(found, key=lambda outcome: outcome.mistake):
+            own = list(of_mistake)
+            outcomes += own
+            click.echo(mutation.line(mistake, own))
+            for outcome in own:
+                for problem in mutation.problems(outcome):
+                    click.echo(problem)
+    except (ValueError, LookupError, FixtureError) as error:
+        raise CannotRun(str(error)) from error
+    click.echo(", ".join(f"{count} {what}" for what, count in mutation.summary(outcomes).items()))
+    if file:
+        write_json(file, mutation.to_json(outcomes))
+    sys.exit(0 if all(outcome.status in mutation.GOOD for outcome in outcomes) else 1)
 
 
 @main.command()

@@ -171,10 +171,11 @@ class Fuzzer:
             self.found.unsupported[said] = self.found.unsupported.get(said, 0) + 1
         self.found.passed += result["outcome"] == "pass"
 
-    def _judge(self, claim: Claim, directory: Path) -> dict[str, Any]:
+    def _judge(self, claim: Claim, directory: Path, diagnose: bool = False) -> dict[str, Any]:
         answer = self.worker.request(
-            TIMEOUT, op="judge", case=claim.case, check=claim.check, dtype=claim.dtype, directory=str(directory)
-        )
+            TIMEOUT, op="judge", case=claim.case, check=claim.check, dtype=claim.dtype, directory=str(directory),
+            diagnose=diagnose,
+        )  # fmt: skip
         return died(claim, answer, TIMEOUT) if isinstance(answer, Died) else answer
 
     def _keep(self, directory: Path, result: dict[str, Any], made: Recipe) -> None:
@@ -217,8 +218,17 @@ class Fuzzer:
 
         with contextlib.suppress(Disagreement, Flaky, TimeIsUp):  # what it came to is in `found`
             try_example()
+        self._diagnose()
         self.found.seconds = time.perf_counter() - started
         return self.found
+
+    def _diagnose(self) -> None:
+        """Name the mistake of the smallest failure; while examples shrink there is no time for it."""
+        failure, directory = self.found.failure, self.found.directory
+        if failure is None or directory is None or failure["outcome"] != "fail":
+            return
+        again = self._judge(Claim(failure["case"], failure["check"], failure["dtype"]), directory, diagnose=True)
+        failure["diagnosis"] = again["diagnosis"]
 
 
 def fuzz(

@@ -50,6 +50,7 @@ class Result:
     details: further lines for a person (where the values are wrong, the candidate's traceback).
     divergence: first wrong probe and last good ones, when the fault was localised.
     equals: the counterfactual that the candidate's values reproduce ("rope_theta ignored"), when one does.
+    diagnosis: the mistake that reproduces the candidate's values, or what is known of an unknown one (`diagnosis`).
     notes: harmless internal differences.
     example: the smallest example found that breaks the property.  examples: how many were run.
     """
@@ -62,6 +63,7 @@ class Result:
     details: list[str] = field(default_factory=list)
     divergence: dict[str, Any] | None = None
     equals: str | None = None
+    diagnosis: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     calls: int = 0
@@ -81,6 +83,7 @@ class Result:
             "details": self.details,
             "divergence": self.divergence,
             "equals": self.equals,
+            "diagnosis": self.diagnosis,
             "notes": self.notes,
             "seconds": round(self.seconds, 6),
             "calls": self.calls,
@@ -101,6 +104,31 @@ class Failure(Exception):
         self.judgement, self.details, self.equals = judgement, details, equals
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One comparison of a check: the candidate's values and the truth of the rows that count, float64 on the CPU.
+
+    noise: the expected tensor whose oracle error measures the working tier.
+    scale: see `bounds.measure`.  real: (batch, seq) mask of the rows that count, where some do not.
+    """
+
+    what: str
+    got: Tensor
+    truth: Tensor
+    noise: str = "logits"
+    scale: bounds.Error | None = None
+    real: Tensor | None = None
+
+    def kept(self, values: Tensor) -> Tensor:
+        return values if self.real is None else values[self.real]
+
+    def judged(self, case: Case, dtype: str, got: Tensor, truth: Tensor) -> bounds.Judgement:
+        """What the difference of two such values (real rows alone) comes to in a dtype."""
+        stored = case.oracle_error(self.noise, dtype)
+        oracle = bounds.Error(**stored) if stored else None
+        return bounds.within(bounds.measure(got, truth, self.scale), dtype, oracle)
+
+
 class Judge:
     """What a check works with: the case, the loaded candidate, and comparison against the truth.
 
@@ -109,8 +137,9 @@ class Judge:
     forward: the plainest check of its kind; when that fails, others do.
     worst: the largest error that the check at hand has met.
     plan: sizes of the calls that it fed a session, when that can be replayed for localisation.
+    compared: every comparison of the check at hand.
     forward_is_right: what `golden.logits` came to in this dtype, once it has been judged.
-    settings: how properties are searched.
+    settings: how properties are searched, and whether failures are diagnosed.
     example: the one that broke the property at hand; examples: how many were run; also: what else was broken;
         out_of_time: whether the search was cut short.
     """
@@ -140,6 +169,7 @@ class Judge:
         """Forget the previous check."""
         self.worst: bounds.Judgement | None = None
         self.plan: list[int] = []
+        self.compared: list[Compared] = []
         self.candidate.calls = 0
         self.example: Example | None = None
         self.examples, self.also, self.out_of_time = 0, list[str](), False
@@ -171,12 +201,12 @@ class Judge:
         """Put all of these examples to a property; see `search.each`."""
         search.each(self, examples, test)
 
-    def same(
-        self, got: Tensor, other: Tensor, what: str, *, real: Tensor | None = None, scale: bounds.Error | None = None
-    ) -> None:
+    def same(self, got: Tensor, other: Tensor, what: str, *, real: Tensor | None = None) -> None:
         """Compare two of the candidate's own runs that must agree.
 
-        In a working dtype each is allowed its own error, and so their difference twice that.
+        In a working dtype each is allowed five times the oracle's largest error in this case, and so their difference
+        twice that.  The RMS, an average over the rows of the case, says nothing of a few rows: one alone may be off by
+        several times as much.
         what: the values and what they must agree with, for the message: "logits of row 1 alone differ from …".
         Raises: Misbehaviour for NaN or infinity, Failure beyond the bound.
         """
@@ -186,7 +216,7 @@ class Judge:
         kept, kept_other = (got, other) if real is None else (got[real], other[real])
         if not (kept.isfinite().all() and kept_other.isfinite().all()):
             raise Misbehaviour("not finite", f"{what}: there are NaN or infinite values")
-        judgement = self._between(kept, kept_other, scale)
+        judgement = self._between(kept, kept_other)
         if self.worst is None or judgement.error.max > self.worst.error.max:
             self.worst = judgement
         if not judgement.passed:
@@ -197,10 +227,16 @@ class Judge:
         got, other = (value.detach().to(device="cpu", dtype=torch.float64) for value in (got, other))
         return not self._between(got, other).passed
 
-    def _between(self, got: Tensor, other: Tensor, scale: bounds.Error | None = None) -> bounds.Judgement:
+    def _between(self, got: Tensor, other: Tensor) -> bounds.Judgement:
         stored = self.case.oracle_error("logits", self.dtype)
-        oracle = bounds.Error(2 * stored["max"], 2 * stored["rms"]) if stored else None
-        return bounds.within(bounds.measure(got, other, scale), self.dtype, oracle)
+        if stored is None:
+            return bounds.within(bounds.measure(got, other), self.dtype)
+        # The noise is known relative to the case's logits: rows whose own are small do not have less of it.
+        size = max(bounds.magnitude(values).max for values in (other, self.case.expected["logits"]))
+        noise = 2 * stored["max"]
+        # The limit by RMS is put where that by maximum is: it then decides nothing.
+        oracle = bounds.Error(noise, noise * bounds.MAX_RATIO / bounds.RMS_RATIO)
+        return bounds.within(bounds.measure(got, other, bounds.Error(size, size)), self.dtype, oracle)
 
     def compare(
         self,
@@ -224,16 +260,16 @@ class Judge:
         got = got.detach().to(device="cpu", dtype=torch.float64)
         if got.shape != truth.shape:
             raise Misbehaviour("shape", f"{what} of shape {tuple(got.shape)}, wanted {tuple(truth.shape)}")
-        kept_got, kept_truth = (got, truth) if real is None else (got[real], truth[real])
+        compared = Compared(what, got, truth, noise, scale, real)
+        self.compared.append(compared)
+        kept_got, kept_truth = compared.kept(got), compared.kept(truth)
         if not kept_got.isfinite().all():
             wrong = ~got.isfinite()
             if real is not None:
                 wrong[~real] = False
             raise Misbehaviour("not finite", f"{int(wrong.sum())} of {kept_got.numel()} {what} are NaN or infinite, "
                                f"the first at {tuple(wrong.nonzero()[0].tolist())}")  # fmt: skip
-        stored = self.case.oracle_error(noise, self.dtype)
-        oracle = bounds.Error(**stored) if stored else None
-        judgement = bounds.within(bounds.measure(kept_got, kept_truth, scale), self.dtype, oracle)
+        judgement = compared.judged(self.case, self.dtype, kept_got, kept_truth)
         if self.worst is None or judgement.error.max > self.worst.error.max:
             self.worst = judgement
         if not judgement.passed:
@@ -241,9 +277,7 @@ class Judge:
                 (
                     label
                     for label, wrong in (known_mistakes or {}).items()
-                    if bounds.within(
-                        bounds.measure(kept_got, wrong if real is None else wrong[real]), self.dtype, oracle
-                    ).passed
+                    if compared.judged(self.case, self.dtype, kept_got, compared.kept(wrong)).passed
                 ),
                 None,
             )
@@ -279,8 +313,11 @@ def judge(check: Callable[[Judge], None], claim: Claim, prepare: Callable[[], Ju
         result = Result(claim, "fail", str(failure), "value", failure.judgement, failure.details, equals=failure.equals)
         if session is not None:
             _explain(session, result)
+            _diagnose(check, session, result)
     except Misbehaviour as misbehaviour:
         result = Result(claim, "fail", str(misbehaviour), misbehaviour.kind)
+        if session is not None and misbehaviour.kind == "not finite":
+            _diagnose(check, session, result)
     except CandidateRaised as raised:
         result = _raised(claim, raised)
     except FixtureError:
@@ -329,6 +366,24 @@ def _explain(session: Judge, result: Result) -> None:
         group, _, what = result.claim.check.partition(".")
         what = "packing" if group == "packed" else what
         result.notes.append(f"{forward} passes: the same rows are right without {what}")
+
+
+def _diagnose(check: Callable[[Judge], None], session: Judge, result: Result) -> None:
+    """Name the mistake.  Never changes the verdict.
+
+    A failure that a counterfactual of the golden reproduces has its name already; what follows from a wrong forward is
+    not diagnosed again.
+    """
+    follows = result.claim.check != session.forward and session.forward_is_right is False
+    if result.equals or follows or not session.settings.diagnose or not session.compared:
+        return
+    try:
+        from conformance.diagnosis import diagnose
+
+        result.diagnosis, notes = diagnose(check, session, result)
+        result.notes += notes
+    except Exception as error:
+        result.notes.append(f"not diagnosed: {type(error).__name__}: {error}")
 
 
 def _raised(claim: Claim, raised: CandidateRaised) -> Result:

@@ -42,7 +42,7 @@ def localise(judge: "Judge") -> Explanation:
     if judge.dtype == "float64":
         values, source = known_probes(case)
         alignment = _align_session(judge, values) if judge.plan else _align_forward(judge, values)
-        if any(f.status in ("matched", "permuted") for name, f in alignment.findings.items() if name != "logits"):
+        if _shows_its_work(alignment):
             return _describe(alignment, source), list(alignment.notes)
     if judge.plan:
         return None, []
@@ -66,7 +66,7 @@ def known_probes(case: "Case") -> tuple[dict[str, Tensor], str]:
     return values, "reference"
 
 
-def _probes(case: "Case", values: dict[str, Tensor], rows: slice = slice(None)) -> list[Probe]:
+def probes_of(case: "Case", values: dict[str, Tensor], rows: slice = slice(None)) -> list[Probe]:
     """The case's probes for some rows of the sequence; keys reach back to the first row, steps are among the rows."""
     cut = {"seq": rows, "key": slice(0, rows.stop)}
     computed = {None, *range(*rows.indices(case.ids.shape[1]))}
@@ -78,9 +78,15 @@ def _probes(case: "Case", values: dict[str, Tensor], rows: slice = slice(None)) 
 
 
 def _align_forward(judge: "Judge", values: dict[str, Tensor]) -> Alignment:
+    tensors, logits = record_forward(judge)
+    return align(probes_of(judge.case, values), tensors, result=logits)
+
+
+def record_forward(judge: "Judge") -> tuple[list[Tensor], Tensor]:
+    """Everything that the candidate computes in one full forward, and its logits."""
     with torch.no_grad(), Recorder() as recorder:
         logits = judge.candidate(**judge.case.arguments).logits
-    return align(_probes(judge.case, values), recorder.tensors, result=logits)
+    return recorder.tensors, logits
 
 
 def _align_session(judge: "Judge", values: dict[str, Tensor]) -> Alignment:
@@ -96,7 +102,17 @@ def _align_session(judge: "Judge", values: dict[str, Tensor]) -> Alignment:
         error = bounds.measure(logits.cpu(), values["logits"][:, rows])
         if not bounds.within(error, "float64").passed:
             break
-    return align(_probes(judge.case, values, rows), opening.tensors + recorder.tensors, result=logits)
+    return align(probes_of(judge.case, values, rows), opening.tensors + recorder.tensors, result=logits)
+
+
+def _shows_its_work(alignment: Alignment) -> bool:
+    """Whether the candidate is torch code that was recorded: a probe was found, or most have rivals of their size.
+
+    Where the very first tensor is wrong, as an embedding of the wrong rows, no probe is found at all.
+    """
+    inside = [finding for name, finding in alignment.findings.items() if name != "logits"]
+    rivals = sum(finding.status == "unmatched" for finding in inside)
+    return rivals > len(inside) / 2 or any(finding.status in ("matched", "permuted") for finding in inside)
 
 
 def _describe(alignment: Alignment, source: str) -> dict[str, Any] | None:

@@ -33,6 +33,8 @@ MAX_BYTES = 2 << 30
 _aten = torch.ops.aten
 _VIEWS = {_aten._unsafe_view.default}
 _NOT_VIEWS = {_aten.lift_fresh.default, _aten._conj.default, _aten._neg_view.default}
+# What these return holds whatever was freed there, perhaps the very values of a probe: it counts once it is written to.
+_UNINITIALISED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ class _Observer(TorchDispatchMode):
             result = func(*args, **kwargs)
             if effects.writes:
                 self._wrote(args, result)
-            if not (effects.view and _shows_the_same(args[0], result)):
+            if not effects.uninitialised and not (effects.view and _shows_the_same(args[0], result)):
                 for tensor in _tensors(result):
                     self._add(str(func), tensor)
             return result
@@ -144,10 +146,12 @@ class _Observer(TorchDispatchMode):
 
 @dataclass(frozen=True, slots=True)
 class _Effects:
-    """What the schema of an operation promises: argument positions that it writes to; whether it returns a view."""
+    """Of an operation: argument positions that it writes to; whether it returns a view, or memory that holds nothing
+    yet."""
 
     writes: frozenset[int]
     view: bool
+    uninitialised: bool
 
 
 @cache
@@ -155,7 +159,7 @@ def _effects(func: Any) -> _Effects:
     aliases = [argument.alias_info for argument in func._schema.arguments]
     writes = frozenset(i for i, alias in enumerate(aliases) if alias is not None and alias.is_write)
     view = func in _VIEWS or (not writes and any(aliases) and func not in _NOT_VIEWS)
-    return _Effects(writes, view)
+    return _Effects(writes, view, func.overloadpacket.__name__ in _UNINITIALISED)
 
 
 def _shows_the_same(base: Tensor, view: Any) -> bool:

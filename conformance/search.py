@@ -50,6 +50,7 @@ class Settings:
     example: this one alone.
     listing: run nothing, but raise Listed with examples that could be drawn.
     seconds: no further example is begun after so long.
+    diagnose: simulate known mistakes on a failure, which takes seconds.
     """
 
     profile: str = DEFAULT_PROFILE
@@ -57,6 +58,7 @@ class Settings:
     example: Example | None = None
     listing: bool = False
     seconds: float = 20.0
+    diagnose: bool = True
 
 
 class NotAnExample(ValueError):

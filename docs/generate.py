@@ -1,6 +1,7 @@
 """Write the generated pages: `python docs/generate.py`; with --check, fail if one is stale.
 
-Generated are docs/probes.md, docs/checks.md, docs/families/*.md and the tables between markers in README.md.
+Generated are docs/probes.md, docs/checks.md, docs/mistakes.md, docs/families/*.md and the tables between markers in
+README.md.
 """
 
 import re
@@ -28,6 +29,7 @@ from conformance.families import (  # noqa: E402
     get,
 )
 from conformance.families.texts import CONTRACT  # noqa: E402
+from conformance.mistakes import TOPICS, Mistake, topic_mistakes  # noqa: E402
 from conformance.probes import VOCABULARY, any_layer, word  # noqa: E402
 
 # What the page of properties begins with.
@@ -55,7 +57,8 @@ tries at most, and reported as `crash` or `timeout` with the same kind of comman
 example after a third of `--timeout`; the claim then notes how many were run.
 
 Bounds are those of the goldens ([bounds](bounds.md)): in float64 two runs may differ by 1e-10 of the values' own scale;
-in a working dtype each is allowed the oracle's own error in that case, and so their difference twice that. A value
+in a working dtype each is allowed five times the oracle's largest error in that case, and so their difference twice
+that (no limit by RMS: it is an average over a case, and one row alone may be off by several times as much). A value
 *moves* when it differs by more. What must be 0 is compared with 0, and what must repeat, bit by bit. Gradients are
 compared with central differences D(h) of checkpoints that are loaded anew; they may differ by |D(2h) − D(h)|, three
 times what the h² terms leave, and by 1e-10 of the loss divided by h.
@@ -92,6 +95,42 @@ def checks() -> str:
         count = sum(claim.check == name for claim in claims)
         sections.append(f"## `{name}`\n\n{getdoc(function)}\n\n{count} claims.")
     return "# Checks\n\n" + "\n\n".join(sections) + "\n"
+
+
+def mistakes() -> str:
+    """The catalogue, topic by topic."""
+    from inspect import getdoc
+    from sys import modules
+
+    found = {topic: topic_mistakes(topic) for topic in TOPICS}
+    total = sum(map(len, found.values()))
+    sections = []
+    for topic, entries in found.items():
+        title = (getdoc(modules[f"conformance.mistakes.{topic}"]) or "").split("\n\n")[0].replace("\n", " ").rstrip(".")
+        sections.append(f"## {title}\n\n" + "\n".join(map(mistake, entries)))
+    return (
+        f"# Mistakes\n\n{total} mistakes, each a patch of `reference_impl` that the suite must fail "
+        "(`conformance mutate`).\n"
+        "*Seen in* names threads and files that show the mistake or the trap behind it, as `repository#number`; "
+        "well-known\nrepositories go by their last name. An entry that names none is common knowledge.\n\n"
+        + "\n".join(sections)
+    )
+
+
+def mistake(entry: Mistake) -> str:
+    """One entry of the catalogue."""
+    killers = ", ".join(f"`{check}`" for check in entry.killed_by)
+    lines = [
+        f"### `{entry.id}`", f"{entry.what}\n", f"- *Why it is wrong:* {entry.why}", f"- *How it shows:* {entry.shows}",
+        f"- *Fix:* {entry.fix}", f"- *Seen in:* {entry.seen}", f"- *Families:* {', '.join(entry.families)}",
+        f"- *Killed by:* {killers}",
+    ]  # fmt: skip
+    lines += [f"- *Working dtypes only:* {entry.precision}"] if entry.precision else []
+    reasons = dict.fromkeys(entry.equivalent.values())
+    for reason in reasons:
+        where = ", ".join(family for family, given in entry.equivalent.items() if given == reason)
+        lines.append(f"- *No output shows it in {where}:* {reason}")
+    return "\n".join(lines) + "\n"
 
 
 def properties() -> str:
@@ -297,6 +336,7 @@ def models_table() -> str:
 def pages() -> dict[Path, str]:
     """Every generated file with its content."""
     made = {ROOT / "docs/probes.md": NOTICE + probes(), ROOT / "docs/checks.md": NOTICE + checks()}
+    made[ROOT / "docs/mistakes.md"] = NOTICE + mistakes()
     made[ROOT / "docs/properties.md"] = NOTICE + properties()
     made |= {ROOT / f"docs/families/{name}.md": NOTICE + family(name) for name in FAMILIES}
     readme = ROOT / "README.md"

@@ -6,7 +6,7 @@ Oracle: `torch.nn.functional.layer_norm` of the sum.
 from typing import TYPE_CHECKING, Any
 
 from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
-from conformance.families.components import ALL
+from conformance.families.components import ALL, FLOAT16, Claims
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ def truth(tensors: "dict[str, Tensor]", settings: Config) -> "dict[str, Tensor]"
 
 
 def _recipe(
-    name: str, summary: str, eps: float, other_eps: dict[str, float] | None = None, **more: Any
+    name: str, summary: str, eps: float, other_eps: dict[str, float] | None = None, claims: Claims = ALL, **more: Any
 ) -> ComponentRecipe:
     known: dict[str, Config] = {label: {"eps": wrong} for label, wrong in (other_eps or {}).items()}
     return ComponentRecipe(
@@ -40,7 +40,7 @@ def _recipe(
         settings={"eps": eps},
         inputs={"x": (3, 7, _HIDDEN), "sublayer_output": (3, 7, _HIDDEN)},
         weights={"weight": (_HIDDEN,), "bias": (_HIDDEN,)},
-        claims=ALL,
+        claims=claims,
         counterfactuals=known | {mistake: {"eps": eps, "mistake": mistake} for mistake in _MISTAKES},
         **more,
     )
@@ -68,6 +68,8 @@ FAMILY = Component(
         _recipe("plain", "ordinary inputs, eps 1e-5", 1e-5),
         _recipe("small", "inputs as small as the root of eps", 1e-3, {"eps ignored": 1e-5},
                 deviation={"x": 0.03, "sublayer_output": 0.02}, field="eps"),
+        _recipe("large", "inputs whose squares overflow float16", 1e-5, claims=FLOAT16,
+                deviation={"x": 256.0, "sublayer_output": 128.0}),
     ),
     truth=truth,
     reference="reference_impl.nn.norm:add_and_norm",

@@ -11,3 +11,5 @@ ALL: Claims = {
 EXACT: Claims = {"component.outputs": ("float64",)}
 # The same, when the loops have gradients.
 EXACT_GRADIENTS: Claims = {**EXACT, "component.gradients": ("float64",)}
+# For inputs that stress the range of float16.
+FLOAT16: Claims = {"component.outputs": ("float64", "float16")}

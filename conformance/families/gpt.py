@@ -74,6 +74,14 @@ def _recipes() -> tuple[Recipe, ...]:
             store=frozenset({"probes", "gradients", "blocks", "positions", "loss"}),
         ),
         Recipe(
+            name="gpt/large",
+            summary="a residual stream whose squares overflow float16: norms are computed in float32",
+            config=_config(),
+            weights="gpt/plain",
+            scaled={"attn.c_proj.weight": 256.0},
+            claims={"golden.logits": ("float64", "float16")},
+        ),
+        Recipe(
             name="gpt/square",
             summary="as many sizes equal as can be, so that a projection that is not transposed loads",
             config=_config(n_embd=24, vocab_size=24, n_positions=24, n_head=4),
@@ -84,8 +92,8 @@ def _recipes() -> tuple[Recipe, ...]:
         ),
         Recipe(
             name="gpt/deep",
-            summary="five layers, and the whole context: as many tokens as the position table has rows",
-            config=_config(n_embd=20, n_head=2, n_layer=5, n_positions=23, vocab_size=29),
+            summary="eleven layers, whose names sort otherwise than their numbers, and the whole context",
+            config=_config(n_embd=12, n_head=2, n_layer=11, n_positions=23, vocab_size=29),
             weights="gpt/deep",
             batch=3,
             seq=23,

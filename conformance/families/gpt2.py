@@ -93,8 +93,8 @@ def _recipes() -> tuple[Recipe, ...]:
         ),
         Recipe(
             name="gpt2/deep",
-            summary="five layers, and the whole context: as many tokens as the position table has rows",
-            config=_config(n_embd=20, n_head=2, n_layer=5, n_positions=23, vocab_size=29),
+            summary="eleven layers, whose names sort otherwise than their numbers, and the whole context",
+            config=_config(n_embd=12, n_head=2, n_layer=11, n_positions=23, vocab_size=29),
             weights="gpt2/deep",
             batch=3,
             seq=23,

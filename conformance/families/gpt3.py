@@ -102,6 +102,16 @@ def _recipes() -> tuple[Recipe, ...]:
             store=frozenset({"probes", "gradients", "blocks", "positions", "loss"}),
         ),
         Recipe(
+            name="gpt3/large",
+            summary="a residual stream whose squares overflow float16: norms are computed in float32",
+            config=_config(),
+            weights="gpt3/plain",
+            batch=_BATCH,
+            seq=_SEQ,
+            scaled={"attn.c_proj.weight": 256.0},
+            claims={"golden.logits": ("float64", "float16")},
+        ),
+        Recipe(
             name="gpt3/square",
             summary="all sizes equal, so that a projection that is not transposed loads without a shape error",
             config=_config(n_embd=16, n_inner=16, vocab_size=16, n_positions=16, n_head=4, n_layer=2),
@@ -112,9 +122,9 @@ def _recipes() -> tuple[Recipe, ...]:
         ),
         Recipe(
             name="gpt3/deep",
-            summary="five layers of a pattern of three, a narrow band, and the whole context",
+            summary="eleven layers of a pattern of three, a narrow band, and the whole context",
             config=_config(
-                n_embd=20, n_head=5, n_layer=5, n_positions=23, vocab_size=29, window_size=3,
+                n_embd=12, n_head=3, n_layer=11, n_positions=23, vocab_size=29, window_size=3,
                 attention_pattern=["dense", "banded", "banded"],
             ),
             weights="gpt3/deep",

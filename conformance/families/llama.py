@@ -116,6 +116,14 @@ def _recipes() -> tuple[Recipe, ...]:
             store=frozenset({"probes", "gradients", "blocks", "positions", "loss"}),
         ),
         Recipe(
+            name="llama/large",
+            summary="a residual stream whose squares overflow float16: norms are computed in float32",
+            config=_config(),
+            weights="llama/plain",
+            scaled={"o_proj.weight": 256.0},
+            claims={"golden.logits": ("float64", "float16")},
+        ),
+        Recipe(
             name="llama/square",
             summary="all sizes equal, so that a wrong transpose loads without a shape error",
             config=square,

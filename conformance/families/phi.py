@@ -93,7 +93,7 @@ _LLAMA3 = {
     "factor": 6.0,
     "low_freq_factor": 1.25,
     "high_freq_factor": 3.0,
-    "original_max_position_embeddings": 24,
+    "original_max_position_embeddings": 60,  # 24 would leave no pair between the thresholds
 }
 _ALL_MOVED = _LINEAR | _FACTOR | {"rope_theta": 100.0}
 _WHOLE_HEAD: dict[str, Any] = {"rope": {"partial_rotary_factor": 1.0}}
@@ -136,6 +136,15 @@ def _recipes() -> tuple[Recipe, ...]:
             claims=FULL | PARTITION,
             store=frozenset({"probes", "gradients", "blocks", "positions", "loss"}),
             counterfactuals={"GELU in its tanh form": distinct | {"hidden_act": "gelu_new"}},
+        ),
+        Recipe(
+            name="phi/large",
+            summary="a residual stream whose squares overflow float16: norms are computed in float32",
+            config=_config(),
+            weights="phi/plain",
+            batch=3,
+            scaled={"dense.weight": 256.0},
+            claims={"golden.logits": ("float64", "float16")},
         ),
         Recipe(
             name="phi/square",

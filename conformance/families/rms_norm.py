@@ -6,7 +6,7 @@ Oracle: `torch.nn.functional.rms_norm`.
 from typing import TYPE_CHECKING, Any
 
 from conformance.families import Component, ComponentRecipe, Config, ConfigField, Value, relations
-from conformance.families.components import ALL
+from conformance.families.components import ALL, FLOAT16, Claims
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,14 +21,14 @@ def truth(tensors: "dict[str, Tensor]", settings: Config) -> "dict[str, Tensor]"
     return {"y": F.rms_norm(tensors["x"], tensors["weight"].shape, tensors["weight"], settings["eps"])}
 
 
-def _recipe(name: str, summary: str, eps: float, **more: Any) -> ComponentRecipe:
+def _recipe(name: str, summary: str, eps: float, claims: Claims = ALL, **more: Any) -> ComponentRecipe:
     return ComponentRecipe(
         name=f"rms_norm/{name}",
         summary=summary,
         settings={"eps": eps},
         inputs=_SHAPE,
         weights=_WEIGHT,
-        claims=ALL,
+        claims=claims,
         **more,
     )  # fmt: skip
 
@@ -54,6 +54,8 @@ FAMILY = Component(
             deviation={"x": 0.03},
             field="eps", counterfactuals={"eps ignored": {"eps": 1e-6}, "eps at 1e-5": {"eps": 1e-5}},
         ),
+        _recipe("large", "inputs whose squares overflow float16", 1e-6, claims=FLOAT16,
+                deviation={"x": 256.0}),
     ),
     truth=truth,
     reference="reference_impl.nn.norm:rms_norm",

@@ -114,6 +114,15 @@ def _recipes() -> tuple[Recipe, ...]:
             store=frozenset({"probes", "gradients", "loss"}),
         ),
         Recipe(
+            name="transformer/large",
+            summary="a residual stream whose squares overflow float16: norms are computed in float32",
+            config=_config(),
+            weights="transformer/plain",
+            target=13,
+            scaled={"self_attn.out_proj.weight": 256.0},
+            claims={"golden.logits": ("float64", "float16")},
+        ),
+        Recipe(
             name="transformer/square",
             summary="as many sizes equal as can be, so that a projection that is not transposed loads",
             config=_config(

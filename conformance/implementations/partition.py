@@ -81,7 +81,7 @@ def load_pipeline_stage(checkpoint: Any, attention: str) -> PipelineRank:
 
     from reference_impl.partition.pipeline import even_split, load_stage, number_of_blocks
 
-    blocks, stages = number_of_blocks(checkpoint.config), dist.get_world_size()
+    blocks, stages = number_of_blocks(checkpoint.path), dist.get_world_size()
     if blocks < stages:
         raise Unsupported(f"{blocks} blocks cannot be shared out to {stages} stages")
     stage = load_stage(

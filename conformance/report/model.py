@@ -25,7 +25,7 @@ def died(claim: Claim, death: "Died", timeout: float) -> dict[str, Any]:
     return {
         "case": claim.case, "check": claim.check, "dtype": claim.dtype, "outcome": death.outcome, "message": message,
         "kind": death.how, "error": None, "bound": None, "ratio": None, "details": _last_words(death.output),
-        "divergence": None, "equals": None, "notes": [],
+        "divergence": None, "equals": None, "diagnosis": None, "notes": [],
         "seconds": timeout if death.outcome == "timeout" else 0.0, "calls": 0, "example": None, "examples": 0,
     }  # fmt: skip
 
@@ -42,7 +42,7 @@ def not_run(claim: Claim, reason: str) -> dict[str, Any]:
     return {
         "case": claim.case, "check": claim.check, "dtype": claim.dtype, "outcome": "skipped", "message": reason,
         "kind": "", "error": None, "bound": None, "ratio": None, "details": [], "divergence": None, "equals": None,
-        "notes": [], "seconds": 0.0, "calls": 0, "example": None, "examples": 0,
+        "diagnosis": None, "notes": [], "seconds": 0.0, "calls": 0, "example": None, "examples": 0,
     }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """A run as plain text: the block that a failure prints, and the summary.  The terminal report colours these."""
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,8 @@ def failure_lines(result: dict[str, Any], spec: str) -> list[str]:
         lines.append(_entry("", divergence["how"]))
     if result["equals"]:
         lines.append(_entry("reproduced by", f"the oracle with {result['equals']}"))
+    if diagnosis := result.get("diagnosis"):
+        lines += _diagnosis_lines(diagnosis)
     for index, detail in enumerate(result["details"]):
         lines.append(_entry("where" if index == 0 else "", detail))
     lines += [_entry("note", note) for note in result["notes"]]
@@ -38,6 +41,14 @@ def failure_lines(result: dict[str, Any], spec: str) -> list[str]:
         options += f" --example {shlex.quote(json.dumps(example))}"
     lines.append(_entry("reproduce", f"conformance run {shlex.quote(spec)} {options}"))
     return lines
+
+
+def _diagnosis_lines(diagnosis: dict[str, Any]) -> list[str]:
+    if diagnosis["id"] is None:
+        return [_entry("diagnosis", f"unknown mistake: {diagnosis['text']}")]
+    shown = f"{diagnosis['id']}: {diagnosis['text']}   [reproduced to {diagnosis['reproduced_to']:.0e}]"
+    asked = " or ".join(f"conformance explain {identifier}" for identifier in re.split(r" or | and ", diagnosis["id"]))
+    return [_entry("diagnosis", shown), _entry("fix", f"{diagnosis['fix']}   {asked}")]
 
 
 def _size(result: dict[str, Any]) -> str:

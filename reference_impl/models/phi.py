@@ -145,17 +145,23 @@ class PhiAttention(AttentionKernel):
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """`cos`, `sin`: from `rotary.tables` for `rotary_dim`. `mask`: True where a query may see a key."""
-        query = self.q_layernorm(split_heads(self.q_proj(x), self.head_dim))  # (B, H, T, Dh)
-        key = self.k_layernorm(split_heads(self.k_proj(x), self.head_dim))  # (B, KV, T, Dh)
-        value = split_heads(self.v_proj(x), self.head_dim)  # (B, KV, T, Dh)
-
-        query = self.query_rotated(rotary.rotate_partly(query, cos, sin))
-        key = self.key_rotated(rotary.rotate_partly(key, cos, sin))
+        query, key, value = self.project(x)
+        query, key = self.turn(query, key, cos, sin)
         if cache is not None:
             key, value = cache.append(key, value)  # (B, KV, S, Dh)
 
         output: Tensor = self.dense(merge_heads(self.attend(query, key, value, mask)))
         return output
+
+    def project(self, x: Float[Tensor, "batch seq hidden"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, H, T, Dh), key and value (B, KV, T, Dh), without positions."""
+        query, key, value = (split_heads(proj(x), self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.q_layernorm(query), self.k_layernorm(key), value
+
+    def turn(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key at their positions."""
+        query, key = rotary.rotate_partly(query, cos, sin), rotary.rotate_partly(key, cos, sin)
+        return self.query_rotated(query), self.key_rotated(key)
 
 
 class PhiDecoderLayer(nn.Module):

@@ -189,14 +189,19 @@ class GroupedQueryAttention(AttentionKernel):
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """`cos`, `sin`: from `rotary.tables`, for the tokens of `x`. `mask`: True where a query may see a key."""
-        query = split_heads(self.q_proj(x), self.head_dim)  # (B, H, T, Dh)
-        key = split_heads(self.k_proj(x), self.head_dim)  # (B, KV, T, Dh)
-        value = split_heads(self.v_proj(x), self.head_dim)  # (B, KV, T, Dh)
-
-        query = self.query_rotated(rotary.rotate(query, cos, sin))
-        key = self.key_rotated(rotary.rotate(key, cos, sin))
+        query, key, value = self.project(x)
+        query, key = self.turn(query, key, cos, sin)
         if cache is not None:
             key, value = cache.append(key, value)  # (B, KV, S, Dh)
 
         output: Tensor = self.o_proj(merge_heads(self.attend(query, key, value, mask)))
         return output
+
+    def project(self, x: Float[Tensor, "batch seq hidden"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, H, T, Dh), key and value (B, KV, T, Dh), without positions."""
+        query, key, value = (split_heads(proj(x), self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return query, key, value
+
+    def turn(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key at their positions."""
+        return self.query_rotated(rotary.rotate(query, cos, sin)), self.key_rotated(rotary.rotate(key, cos, sin))

@@ -125,7 +125,7 @@ class RollingLayer:
         return torch.cat((self.keys[:, :, :used], key), dim=2), torch.cat((self.values[:, :, :used], value), dim=2)
 
     def write(self, rows: Int[Tensor, "n"], slots: Int[Tensor, "n"], batch: int) -> None:
-        """Puts what `append` was given last into its slots; nothing, if the layer is on another stage of a pipeline."""
+        """Puts what `append` was given last into its slots; nothing, if the layer's block runs in another process."""
         if self._pending is None:
             return
         key, value = self._pending  # (N, KV, Dh)

@@ -60,9 +60,13 @@ class SelfAttention(core.AttentionKernel):
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """`mask`: True where a query may see a key."""
-        query, key, value = (core.split_heads(part, self.head_dim) for part in split_query_key_value(self.c_attn(x)))
-        query, key, value = self.query(query), self.key(key), self.value(value)  # (B, H, T, Dh)
+        query, key, value = self.project(x)
         if cache is not None:
             key, value = cache.append(key, value)  # (B, H, S, Dh)
         output: Tensor = self.c_proj(core.merge_heads(self.attend(query, key, value, mask)))
         return output
+
+    def project(self, x: Float[Tensor, "batch seq hidden"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, each (B, H, T, Dh)."""
+        query, key, value = (core.split_heads(part, self.head_dim) for part in split_query_key_value(self.c_attn(x)))
+        return self.query(query), self.key(key), self.value(value)

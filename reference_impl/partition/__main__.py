@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from reference_impl.checkpoint import load_config
 from reference_impl.partition.pipeline import even_split, load_stage, number_of_blocks
 from reference_impl.partition.tensor_parallel import load_tensor_parallel
 
@@ -50,7 +49,7 @@ def load(options: argparse.Namespace, device: torch.device) -> nn.Module:
         if options.split is not None:
             raise ValueError("--split shares out blocks; it does not go with --by columns")
         return load_tensor_parallel(options.checkpoint, init_device_mesh(device.type, (ranks,)), dtype=dtype)
-    split = options.split or even_split(number_of_blocks(load_config(options.checkpoint)), ranks)
+    split = options.split or even_split(number_of_blocks(options.checkpoint), ranks)
     if len(split) != ranks:
         raise ValueError(f"--split {split} names {len(split)} stages for {ranks} processes; start as many")
     return load_stage(options.checkpoint, split=split, stage=dist.get_rank(), dtype=dtype, device=device)

@@ -135,9 +135,10 @@ def load_stage(
     return model.eval()
 
 
-def number_of_blocks(config: Mapping[str, Any]) -> int:
-    """What config.json says."""
-    return len(_blocks(build(Path(), config, "eager"), anatomy(config)))
+def number_of_blocks(path: str | Path) -> int:
+    """What a checkpoint's config.json says."""
+    config = load_config(path)
+    return len(_blocks(build(Path(path), config, "eager"), anatomy(config)))
 
 
 def anatomy(config: Mapping[str, Any]) -> Anatomy:

@@ -31,6 +31,30 @@ MISTAKES = frozenset(
         "batch_rows_swapped",
     }
 )
+# Made in this file only.
+MORE = frozenset(
+    {
+        "rotary_sign",
+        "keys_not_rotated",
+        "rotated_twice",
+        "values_rotated",
+        "eps_outside_root",
+        "mean_subtracted",
+        "gain_plus_one",
+        "final_norm_missing",
+        "both_activated",
+        "relu_for_silu",
+        "keys_values_swapped",
+        "query_bias_dropped",
+        "residual_from_block_input",
+        "blocks_reversed",
+        "embedding_scaled",
+        "softmax_over_queries",
+        "position_zero_is_one",
+        "memory_values_forgotten",
+        "memory_never_written",
+    }
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -82,6 +106,8 @@ class Settings:
             raise ValueError(f"hidden_act={activation!r} is not one of {', '.join(sorted(ACTIVATIONS))}")
         if mistake == "gelu_for_silu" and activation in ("silu", "swish"):
             activation = "gelu"
+        if mistake == "relu_for_silu" and activation in ("silu", "swish"):
+            activation = "relu"
         eps = config.get("rms_norm_eps", 1e-6)
         if mistake == "eps_1e6":
             eps = 1e-6
@@ -134,7 +160,13 @@ class Rotation:
 
     def __init__(self, position_ids: Tensor, settings: Settings, dtype: torch.dtype) -> None:
         turning = torch.tensor(settings.frequencies, dtype=wide(dtype), device=position_ids.device)
+        if settings.mistake == "position_zero_is_one":  # harmless: every angle is shifted alike
+            position_ids = position_ids + 1
         angles = torch.einsum("bt,p->btp", position_ids.to(turning.dtype), turning)[:, :, None]
+        if settings.mistake == "rotary_sign":
+            angles = -angles
+        if settings.mistake == "rotated_twice":
+            angles = 2 * angles
         self.cos, self.sin = angles.cos(), angles.sin()
         self.interleaved = settings.mistake == "interleaved_rotary"
 
@@ -155,12 +187,18 @@ class Norm(nn.Module):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.empty(settings.hidden))
-        self.eps = settings.eps
+        self.eps, self.mistake = settings.eps, settings.mistake
 
     def forward(self, x: Tensor) -> Tensor:
         precise = x.to(wide(x.dtype))
-        inverse_rms = (precise.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt()
-        return (precise * inverse_rms).to(x.dtype) * self.gain
+        if self.mistake == "mean_subtracted":
+            precise = precise - precise.mean(dim=-1, keepdim=True)
+        if self.mistake == "eps_outside_root":
+            inverse_rms = 1 / (precise.square().mean(dim=-1, keepdim=True).sqrt() + self.eps)
+        else:
+            inverse_rms = (precise.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt()
+        gain = self.gain + 1 if self.mistake == "gain_plus_one" else self.gain
+        return (precise * inverse_rms).to(x.dtype) * gain
 
 
 class Memory:
@@ -169,9 +207,14 @@ class Memory:
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.mistake: str | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mistake == "memory_never_written" and self.keys is not None:
+            self.keys = torch.zeros_like(self.keys)
         self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=1)
+        if self.mistake in ("memory_values_forgotten", "memory_never_written") and self.values is not None:
+            self.values = torch.zeros_like(self.values)
         self.values = values if self.values is None else torch.cat([self.values, values], dim=1)
         return self.keys, self.values
 
@@ -204,10 +247,16 @@ class GroupedAttention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, visible: Tensor, memory: Memory | None) -> Tensor:
         batch, length, _ = x.shape
-        queries = rotation(self.into_heads(x, self.wq, self.bq))
-        keys = rotation(self.into_heads(x, self.wk, self.bk))
-        values = self.into_heads(x, self.wv, self.bv)
+        queries = rotation(self.into_heads(x, self.wq, None if self.mistake == "query_bias_dropped" else self.bq))
+        keys, values = self.into_heads(x, self.wk, self.bk), self.into_heads(x, self.wv, self.bv)
+        if self.mistake == "keys_values_swapped":
+            keys, values = values, keys
+        if self.mistake != "keys_not_rotated":
+            keys = rotation(keys)
+        if self.mistake == "values_rotated":
+            values = rotation(values)
         if memory is not None:
+            memory.mistake = self.mistake
             keys, values = memory.append(keys, values)
         groups = self.heads // self.kv_heads
         order, sizes = "kg", (self.kv_heads, groups)
@@ -219,7 +268,7 @@ class GroupedAttention(nn.Module):
         precise = scores.to(wide(scores.dtype))
         # The lowest finite number, not -inf: a padded query that sees no key must not become NaN
         precise = precise.masked_fill(~visible[:, None, None], torch.finfo(precise.dtype).min)  # (b, ·, ·, t, s)
-        weights = precise.softmax(dim=-1).to(values.dtype)
+        weights = precise.softmax(dim=-2 if self.mistake == "softmax_over_queries" else -1).to(values.dtype)
         context = torch.einsum(f"b{order}ts,bske->bt{order}e", weights, values).flatten(2, 3)  # (b, t, h, e)
         if self.mistake == "heads_merged_without_transpose":
             context = context.transpose(1, 2).reshape(context.shape)
@@ -237,12 +286,14 @@ class GatedFeedForward(nn.Module):
         self.up = nn.Linear(hidden, intermediate, bias=bias)
         self.down = nn.Linear(intermediate, hidden, bias=bias)
         self.activation = ACTIVATIONS[settings.activation]
-        self.swapped = settings.mistake == "gate_up_swapped"
+        self.mistake = settings.mistake
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate(x), self.up(x)
-        if self.swapped:
+        if self.mistake == "gate_up_swapped":
             gate, up = up, gate
+        if self.mistake == "both_activated":
+            up = self.activation(up)
         down: Tensor = self.down(self.activation(gate) * up)
         return down
 
@@ -252,10 +303,12 @@ class Block(nn.Module):
         super().__init__()
         self.before_attention, self.before_feed_forward = Norm(settings), Norm(settings)
         self.attention, self.feed_forward = GroupedAttention(settings), GatedFeedForward(settings)
+        self.loses_attention = settings.mistake == "residual_from_block_input"
 
     def forward(self, x: Tensor, rotation: Rotation, visible: Tensor, memory: Memory | None) -> Tensor:
-        x = x + self.attention(self.before_attention(x), rotation, visible, memory)
-        result: Tensor = x + self.feed_forward(self.before_feed_forward(x))
+        attended = x + self.attention(self.before_attention(x), rotation, visible, memory)
+        result: Tensor = self.feed_forward(self.before_feed_forward(attended))
+        result = result + (x if self.loses_attention else attended)
         return result
 
 
@@ -272,11 +325,16 @@ class Decoder(nn.Module):
         if self.settings.mistake == "batch_rows_swapped" and ids.shape[0] > 1:
             ids = ids[[1, 0, *range(2, ids.shape[0])]]
         x = self.table(ids)
+        if self.settings.mistake == "embedding_scaled":
+            x = x * math.sqrt(self.settings.hidden)
         rotation = Rotation(position_ids, self.settings, x.dtype)
-        for index, block in enumerate(self.blocks):
+        blocks = list(enumerate(self.blocks))
+        for index, block in reversed(blocks) if self.settings.mistake == "blocks_reversed" else blocks:
             x = block(x, rotation, visible, None if memories is None else memories[index])
         head = self.table.weight if self.head is None else self.head
-        return torch.einsum("btd,vd->btv", self.last_norm(x), head)
+        if self.settings.mistake != "final_norm_missing":
+            x = self.last_norm(x)
+        return torch.einsum("btd,vd->btv", x, head)
 
 
 def hub_names(settings: Settings) -> dict[str, str]:
@@ -379,8 +437,8 @@ class BatchFirst:
     families = frozenset({"llama"})
 
     def __init__(self, mistake: str | None = None) -> None:
-        if mistake is not None and mistake not in MISTAKES:
-            raise ValueError(f"mistake={mistake!r} is not one of {', '.join(sorted(MISTAKES))}")
+        if mistake is not None and mistake not in MISTAKES | MORE:
+            raise ValueError(f"mistake={mistake!r} is not one of {', '.join(sorted(MISTAKES | MORE))}")
         self.mistake = mistake
 
     def load(self, checkpoint: Checkpoint) -> Model:

@@ -28,6 +28,27 @@ Mistake = Literal[
     "head_dim_derived",
     "heads_merged_without_transpose",
     "batch_rows_swapped",
+    # Made in this file only
+    "llama3_blend_flipped",
+    "llama3_without_2pi",
+    "gqa_kv_index",
+    "scale_by_hidden",
+    "scale_by_width",
+    "key_bias_dropped",
+    "value_bias_dropped",
+    "parallel_block",
+    "halves_swapped",
+    "feed_forward_not_normed",
+    "qkv_read_as_qvk",
+    "log_softmax_returned",
+    "no_causality",
+    "rms_over_tokens",
+    "down_bias_dropped",
+    "attention_skip_missing",
+    "gate_plus_up",
+    "positions_late",
+    "store_of_first_row",
+    "store_of_one_layer",
 ]
 
 FIRST_CAPACITY = 16  # tokens; the cache doubles when full
@@ -62,7 +83,7 @@ class Loader:
         self.config, self.tensors, self.shape, self.mistake = config, tensors, shape, mistake
 
     def qkv(self, prefix: str, kind: str) -> Tensor:
-        q, k, v = (self.tensors[f"{prefix}.{letter}_proj.{kind}"] for letter in "qkv")
+        q, k, v = (self.tensors[f"{prefix}.{letter}_proj.{kind}"] for letter in ("qvk" if self.mistake == "qkv_read_as_qvk" else "qkv"))
         if self.mistake != "interleaved_rotary":
             q, k = pairs_side_by_side(q, self.shape.heads), pairs_side_by_side(k, self.shape.kv_heads)
         return torch.cat((q, k, v))
@@ -77,17 +98,21 @@ class Loader:
         if self.mistake == "norms_crossed":
             norms.reverse()
         attention_bias, mlp_bias = self.config.get("attention_bias", False), self.config.get("mlp_bias", False)
+        qkv_bias = self.qkv(attention, "bias") if attention_bias else None
+        if qkv_bias is not None and self.mistake in ("key_bias_dropped", "value_bias_dropped"):
+            sizes = [heads * self.shape.head_dim for heads in (self.shape.heads, *2 * [self.shape.kv_heads])]
+            qkv_bias.split(sizes)[1 if self.mistake == "key_bias_dropped" else 2].zero_()
         return LayerWeights(
             attention_norm=norms[0],
             qkv=self.qkv(attention, "weight"),
-            qkv_bias=self.qkv(attention, "bias") if attention_bias else None,
+            qkv_bias=qkv_bias,
             out=self.tensors[f"{attention}.o_proj.weight"],
             out_bias=self.tensors[f"{attention}.o_proj.bias"] if attention_bias else None,
             feed_forward_norm=norms[1],
             gate_up=self.gate_up(mlp, "weight"),
             gate_up_bias=self.gate_up(mlp, "bias") if mlp_bias else None,
             down=self.tensors[f"{mlp}.down_proj.weight"],
-            down_bias=self.tensors[f"{mlp}.down_proj.bias"] if mlp_bias else None,
+            down_bias=self.tensors[f"{mlp}.down_proj.bias"] if mlp_bias and self.mistake != "down_bias_dropped" else None,
         )
 
 
@@ -113,10 +138,11 @@ class Shape:
 class Rotary:
     """exp(i · position · frequency), applied to neighbouring pairs."""
 
-    def __init__(self, config: dict[str, Any], shape: Shape) -> None:
+    def __init__(self, config: dict[str, Any], shape: Shape, mistake: Mistake | None) -> None:
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         base = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
         kind = rope.get("rope_type") or rope.get("type") or "default"
+        self.mistake = mistake
         step = math.log(base) / shape.nominal
         self.frequencies = [math.exp(-index * step) for index in range(0, shape.head_dim, 2)]
         if kind == "linear":
@@ -128,9 +154,8 @@ class Rotary:
         elif kind != "default":
             raise ValueError(f"rope_type={kind!r} is unknown; use default, linear or llama3")
 
-    @staticmethod
-    def llama3(frequency: float, rope: dict[str, Any], context: int) -> float:
-        wavelength = math.tau / frequency
+    def llama3(self, frequency: float, rope: dict[str, Any], context: int) -> float:
+        wavelength = (1.0 if self.mistake == "llama3_without_2pi" else math.tau) / frequency
         factor: float = rope["factor"]
         low: float = rope["low_freq_factor"]
         high: float = rope["high_freq_factor"]
@@ -139,6 +164,8 @@ class Rotary:
         if wavelength > context / low:
             return frequency / factor
         blend = (context / wavelength - low) / (high - low)
+        if self.mistake == "llama3_blend_flipped":
+            blend = 1 - blend
         return blend * frequency + (1 - blend) * frequency / factor
 
     def phases(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,8 +185,8 @@ class Rotary:
 class KVCache:
     """One tensor for all layers, (layers, 2, B, KV, capacity, Dh), of which the first `length` tokens are filled."""
 
-    def __init__(self, layers: int, shape: Shape) -> None:
-        self.layers, self.shape, self.length = layers, shape, 0
+    def __init__(self, layers: int, shape: Shape, mistake: Mistake | None) -> None:
+        self.layers, self.shape, self.length, self.mistake = layers, shape, 0, mistake
         self.store: Tensor | None = None
         self.real: Tensor | None = None  # (B, length) bool
 
@@ -181,7 +208,12 @@ class KVCache:
         """k, v (B, KV, T, Dh) of the newest tokens -> those of all tokens."""
         assert self.store is not None
         newest = slice(self.length - k.shape[2], self.length)
+        if self.mistake == "store_of_one_layer":
+            layer = 0
         self.store[layer, 0, :, :, newest], self.store[layer, 1, :, :, newest] = k, v
+        if self.mistake == "store_of_first_row" and newest.start:
+            past = self.store[layer, :, :1, :, : newest.start].expand(-1, k.shape[0], -1, -1, -1)
+            return torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         return self.store[layer, 0, :, :, : self.length], self.store[layer, 1, :, :, : self.length]
 
 
@@ -189,7 +221,7 @@ class Engine:
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], mistake: Mistake | None) -> None:
         self.mistake = mistake
         self.shape = Shape.of(config, mistake)
-        self.rotary = Rotary(config, self.shape)
+        self.rotary = Rotary(config, self.shape, mistake)
         self.eps = 1e-6 if mistake == "eps_1e6" else config.get("rms_norm_eps", 1e-6)
         self.act = config.get("hidden_act", "silu")
         if mistake == "gelu_for_silu" and self.act in ("silu", "swish"):
@@ -201,6 +233,8 @@ class Engine:
         self.head = self.embedding if config.get("tie_word_embeddings", False) else tensors["lm_head.weight"]
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.mistake == "rms_over_tokens":
+            return x * (x.square().mean((-2, -1), keepdim=True) + self.eps).rsqrt() * weight
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def mask(self, real: Tensor | None, queries: int) -> Tensor | None:
@@ -211,7 +245,8 @@ class Engine:
         now = index[-queries:, None]
         until = now + 1 if self.mistake == "causal_off_by_one" else now
         # A pad sees itself, lest the softmax of its row be over nothing
-        return (((index <= until) & real[:, None]) | (index == now))[:, None]
+        earlier = torch.ones_like(index <= now) if self.mistake == "no_causality" else index <= until
+        return ((earlier & real[:, None]) | (index == now))[:, None]
 
     def attend(self, at: int, x: Tensor, phases: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         layer, shape = self.layers[at], self.shape
@@ -224,9 +259,16 @@ class Engine:
         group = shape.heads // shape.kv_heads
         if self.mistake == "gqa_tile":
             k, v = k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1)
+        elif self.mistake == "gqa_kv_index":
+            read = [head // shape.kv_heads for head in range(shape.heads)]
+            k, v = k[:, read], v[:, read]
         else:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         scale = 1.0 if self.mistake == "scale_missing" else 1 / math.sqrt(shape.nominal)
+        if self.mistake == "scale_by_hidden":
+            scale = 1 / math.sqrt(x.shape[-1])
+        if self.mistake == "scale_by_width":
+            scale = 1 / math.sqrt(shape.heads * shape.head_dim)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
         if self.mistake != "heads_merged_without_transpose":
             y = y.transpose(1, 2)
@@ -237,7 +279,8 @@ class Engine:
         gate, up = F.linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
         if self.mistake == "gate_up_swapped":
             gate, up = up, gate
-        return F.linear(self.activate(gate) * up, layer.down, layer.down_bias)
+        joined = self.activate(gate) + up if self.mistake == "gate_plus_up" else self.activate(gate) * up
+        return F.linear(joined, layer.down, layer.down_bias)
 
     def activate(self, x: Tensor) -> Tensor:
         match self.act:
@@ -256,15 +299,26 @@ class Engine:
         """real: (B, S) bool over all tokens up to the last of `ids`; None when there are neither pads nor a past."""
         if self.mistake == "batch_rows_swapped" and ids.shape[0] > 1:
             ids = torch.cat((ids[:2].flip(0), ids[2:]))
-        if self.mistake == "causal_off_by_one" and real is None:
+        if self.mistake in ("causal_off_by_one", "no_causality") and real is None:
             real = torch.ones_like(ids, dtype=torch.bool)
         x = F.embedding(ids, self.embedding)
         phases = self.rotary.phases(position_ids, x.dtype)
         mask = self.mask(real, ids.shape[1])
         for at, layer in enumerate(self.layers):
+            if self.mistake == "halves_swapped":
+                x += self.feed_forward(at, self.norm(x, layer.feed_forward_norm))
+                x += self.attend(at, self.norm(x, layer.attention_norm), phases, mask, cache)
+                continue
+            entered = x.clone()
             x += self.attend(at, self.norm(x, layer.attention_norm), phases, mask, cache)
-            x += self.feed_forward(at, self.norm(x, layer.feed_forward_norm))
-        return F.linear(self.norm(x, self.final_norm), self.head)
+            if self.mistake == "attention_skip_missing":
+                x -= entered
+            read = entered if self.mistake == "parallel_block" else x
+            x += self.feed_forward(
+                at, read if self.mistake == "feed_forward_not_normed" else self.norm(read, layer.feed_forward_norm)
+            )
+        logits = F.linear(self.norm(x, self.final_norm), self.head)
+        return logits.log_softmax(-1) if self.mistake == "log_softmax_returned" else logits
 
 
 class Stream:
@@ -272,7 +326,7 @@ class Stream:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.cache = KVCache(len(engine.layers), engine.shape)
+        self.cache = KVCache(len(engine.layers), engine.shape, engine.mistake)
 
     def feed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -281,6 +335,8 @@ class Stream:
         positions = mask.long().cumsum(1) - 1
         if self.cache.real is not None and self.engine.mistake != "decode_position_restart":
             positions = positions + self.cache.real.sum(1, keepdim=True)
+            if self.engine.mistake == "positions_late":
+                positions = positions + 1
         self.cache.reserve(mask.bool(), self.engine.embedding.dtype)
         return self.engine.run(input_ids, positions.clamp_min(0), self.cache.real, self.cache)
 

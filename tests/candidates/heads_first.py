@@ -25,6 +25,29 @@ MISTAKES = [
     "heads_merged_without_transpose",
     "batch_rows_swapped",
 ]
+# Made in this file only.
+MORE = [
+    "exponent_halved",
+    "half_without_minus",
+    "scaling_ignored",
+    "theta_default",
+    "frequencies_reversed",
+    "scale_twice",
+    "scale_by_heads",
+    "heads_split_by_view",
+    "mask_after_softmax",
+    "up_bias_dropped",
+    "output_bias_dropped",
+    "first_kv_head_for_all",
+    "silu_is_sigmoid",
+    "residual_from_normed",
+    "last_layer_missing",
+    "tied_anyway",
+    "logits_capped",
+    "padding_seen",
+    "cache_new_first",
+    "square_weight_transposed",
+]
 
 Weights = dict[str, torch.Tensor]
 Cache = list[tuple[torch.Tensor, torch.Tensor]]  # one (keys, values) a layer, both (B, KV, S, Dh), keys rotated
@@ -90,8 +113,12 @@ def inverse_frequencies(h: Hyper, device: torch.device) -> torch.Tensor:
     """(Dh / 2,)"""
     rope = rope_settings(h.config)
     exponents = torch.arange(0, h.d_head, 2, device=device).float() / h.d_rope
-    inv_freq: torch.Tensor = 1.0 / (rope["rope_theta"] ** exponents)
-    if rope["rope_type"] == "default":
+    if h.mistake == "exponent_halved":
+        exponents = exponents / 2
+    if h.mistake == "frequencies_reversed":
+        exponents = exponents.flip(0)
+    inv_freq: torch.Tensor = 1.0 / ((10000.0 if h.mistake == "theta_default" else rope["rope_theta"]) ** exponents)
+    if rope["rope_type"] == "default" or h.mistake == "scaling_ignored":
         return inv_freq
     factor: float = rope.get("factor", 1.0)
     if rope["rope_type"] == "linear":
@@ -122,6 +149,8 @@ def rotate_half(h: Hyper, x: torch.Tensor) -> torch.Tensor:
     if h.mistake == "interleaved_rotary":
         return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
     half = x.shape[-1] // 2
+    if h.mistake == "half_without_minus":
+        return torch.cat((x[..., half:], x[..., :half]), dim=-1)
     return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
 
 
@@ -151,6 +180,8 @@ def gelu_erf(x: torch.Tensor) -> torch.Tensor:
 def activation(h: Hyper, x: torch.Tensor) -> torch.Tensor:
     kind = h.config.get("hidden_act", "silu")
     if kind in ("silu", "swish"):
+        if h.mistake == "silu_is_sigmoid":
+            return torch.sigmoid(x)
         return gelu_erf(x) if h.mistake == "gelu_for_silu" else x * torch.sigmoid(x)
     if kind == "gelu":
         return gelu_erf(x)
@@ -166,6 +197,8 @@ def repeat_kv(h: Hyper, x: torch.Tensor) -> torch.Tensor:
     times = h.n_head // h.n_kv
     if h.mistake == "gqa_tile":
         return x.repeat(1, times, 1, 1)
+    if h.mistake == "first_kv_head_for_all":
+        return x[:, :1].repeat(1, h.n_head, 1, 1)
     batch, n_kv, length, d_head = x.shape
     return x[:, :, None].expand(batch, n_kv, times, length, d_head).reshape(batch, n_kv * times, length, d_head)
 
@@ -178,6 +211,8 @@ def additive_mask(h: Hyper, keep: torch.Tensor, n_new: int) -> torch.Tensor:
     n_all = keep.shape[1]
     diagonal = n_all - n_new + (1 if h.mistake == "causal_off_by_one" else 0)
     causal = torch.ones(n_new, n_all, dtype=torch.bool, device=keep.device).tril(diagonal)
+    if h.mistake == "padding_seen":
+        keep = torch.ones_like(keep)
     allowed = causal & keep[:, None, None, :]
     zeros = torch.zeros(allowed.shape, dtype=torch.float32, device=keep.device)
     return zeros.masked_fill(~allowed, torch.finfo(torch.float32).min)
@@ -196,26 +231,37 @@ def attention(
     bias = h.config.get("attention_bias", False)
 
     def heads(projection: str, count: int) -> torch.Tensor:
-        return linear(w, f"{name}.{projection}", x, bias).view(batch, length, count, h.d_head).transpose(1, 2)
+        y = linear(w, f"{name}.{projection}", x, bias)
+        if h.mistake == "heads_split_by_view":
+            return y.view(batch, count, length, h.d_head)
+        return y.view(batch, length, count, h.d_head).transpose(1, 2)
 
     q, k, v = heads("q_proj", h.n_head), heads("k_proj", h.n_kv), heads("v_proj", h.n_kv)  # (B, heads, T, Dh)
     q, k = apply_rotary(h, q, *tables), apply_rotary(h, k, *tables)
     if past is not None:
         k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        if h.mistake == "cache_new_first":
+            k, v = k.roll(length, 2), v.roll(length, 2)
     scores = q @ repeat_kv(h, k).transpose(-1, -2)  # (B, H, T, S)
     if h.mistake != "scale_missing":
+        scores = scores / math.sqrt(h.n_head if h.mistake == "scale_by_heads" else h.d_rope)
+    if h.mistake == "scale_twice":
         scores = scores / math.sqrt(h.d_rope)
-    probabilities = F.softmax(scores + mask, dim=-1, dtype=torch.float32).type_as(x)
+    if h.mistake == "mask_after_softmax":
+        probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).type_as(x) * (mask == 0)
+    else:
+        probabilities = F.softmax(scores + mask, dim=-1, dtype=torch.float32).type_as(x)
     context = probabilities @ repeat_kv(h, v)  # (B, H, T, Dh)
     if h.mistake != "heads_merged_without_transpose":
         context = context.transpose(1, 2)  # (B, T, H, Dh)
     merged = context.reshape(batch, length, h.n_head * h.d_head)
-    return linear(w, f"{name}.o_proj", merged, bias), (k, v)
+    return linear(w, f"{name}.o_proj", merged, bias and h.mistake != "output_bias_dropped"), (k, v)
 
 
 def feed_forward(h: Hyper, w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
     bias = h.config.get("mlp_bias", False)
-    gate, up = linear(w, f"{name}.gate_proj", x, bias), linear(w, f"{name}.up_proj", x, bias)
+    gate = linear(w, f"{name}.gate_proj", x, bias and h.mistake != "up_bias_dropped")
+    up = linear(w, f"{name}.up_proj", x, bias and h.mistake != "up_bias_dropped")
     product = gate * activation(h, up) if h.mistake == "gate_up_swapped" else activation(h, gate) * up
     return linear(w, f"{name}.down_proj", product, bias)
 
@@ -233,11 +279,12 @@ def layer(
     first, second = "input_layernorm", "post_attention_layernorm"
     if h.mistake == "norms_crossed":
         first, second = second, first
-    attended, present = attention(
-        h, w, f"{name}.self_attn", rms_norm(w, f"{name}.{first}", x, h.eps), tables, mask, past
-    )
-    x = x + attended
-    return x + feed_forward(h, w, f"{name}.mlp", rms_norm(w, f"{name}.{second}", x, h.eps)), present
+    normed = rms_norm(w, f"{name}.{first}", x, h.eps)
+    attended, present = attention(h, w, f"{name}.self_attn", normed, tables, mask, past)
+    x = (normed if h.mistake == "residual_from_normed" else x) + attended
+    normed = rms_norm(w, f"{name}.{second}", x, h.eps)
+    skipped = normed if h.mistake == "residual_from_normed" else x
+    return skipped + feed_forward(h, w, f"{name}.mlp", normed), present
 
 
 def forward(
@@ -255,12 +302,13 @@ def forward(
     tables = rotary_tables(h, position_ids)
     mask = additive_mask(h, keep, ids.shape[1])
     presents: Cache = []
-    for index in range(h.n_layer):
+    for index in range(h.n_layer - 1 if h.mistake == "last_layer_missing" else h.n_layer):
         x, present = layer(h, w, index, x, tables, mask, past[index] if past else None)
         presents.append(present)
     x = rms_norm(w, "model.norm", x, h.eps)
-    tied = h.config.get("tie_word_embeddings", False)
-    return x @ w["model.embed_tokens.weight" if tied else "lm_head.weight"].T, presents
+    tied = h.config.get("tie_word_embeddings", False) or h.mistake == "tied_anyway"
+    logits = x @ w["model.embed_tokens.weight" if tied else "lm_head.weight"].T
+    return 30 * torch.tanh(logits / 30) if h.mistake == "logits_capped" else logits, presents
 
 
 def as_keep(ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -330,11 +378,14 @@ class HeadsFirst:
     families = frozenset({"llama"})
 
     def __init__(self, mistake: str | None = None) -> None:
-        if mistake is not None and mistake not in MISTAKES:
-            raise ValueError(f"unknown mistake {mistake!r}; there are {MISTAKES}")
+        if mistake is not None and mistake not in MISTAKES + MORE:
+            raise ValueError(f"unknown mistake {mistake!r}; there are {MISTAKES + MORE}")
         self.mistake = mistake
 
     def load(self, checkpoint: Any) -> FunctionalLlama:
         h = read_config(checkpoint.config, self.mistake)
         stored = checkpoint.tensors()
+        if self.mistake == "square_weight_transposed":
+            square = [name for name, t in stored.items() if "_proj" in name and t.ndim == 2 and t.shape[0] == t.shape[1]]
+            stored = stored | {name: stored[name].T for name in square}
         return FunctionalLlama(h, {name: stored[name].detach().requires_grad_() for name in weight_names(h)})

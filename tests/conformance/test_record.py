@@ -175,6 +175,26 @@ def test_buffer_that_was_filled_piece_by_piece_is_recorded_when_it_is_read(
     assert [record.op for record in recorder.records].count("read") == 1
 
 
+MAKERS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: torch.empty(3, 4),
+    torch.empty_like,
+    lambda x: x.new_empty(3, 4),
+    lambda x: torch.empty_strided((3, 4), (4, 1)),
+]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_memory_that_holds_nothing_yet_is_not_recorded(make: Callable[[Tensor], Tensor]) -> None:
+    """It may hold the values of a tensor that was freed there: a probe would match by accident."""
+    x = values(3, 4)
+    with Recorder() as recorder:
+        buffer = make(x)
+        assert not recorder.records
+        buffer.copy_(x)
+        buffer + 1
+    assert holds(recorder, x)
+
+
 def test_buffer_is_recorded_when_it_is_read_through_a_view() -> None:
     with Recorder() as recorder:
         filled(values(2, 3, 4), WRITES["setitem"]).view(6, 4).exp()

@@ -1,0 +1,425 @@
+"""Key-value caches and sessions: what is kept, where it is written, and what later calls see of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conformance.mistakes import Mistake, Swap
+from conformance.mistakes.attention import WEIGHED
+from conformance.mistakes.groups import DECODERS, MODELS, TURNING
+from conformance.mistakes.rotary import TURNED
+from reference_impl.nn import rotary
+
+APPEND = "reference_impl.nn.kv_cache:LayerCache.append"
+WRITE = "reference_impl.nn.kv_cache:write"
+EXTENDED = "reference_impl.nn.kv_cache:KVCache.extended"
+CACHE = "reference_impl.nn.kv_cache:KVCache.__init__"
+SESSION = "reference_impl.nn.kv_cache:Session.__init__"
+VISIBLE = "reference_impl.nn.masks:visible_keys"
+TABLES = "reference_impl.nn.rotary:tables"
+TURNS = ("reference_impl.nn.attention:GroupedQueryAttention.forward", "reference_impl.models.phi:PhiAttention.forward")
+
+DECODING = ("cache.prefill_decode", "cache.one_by_one", "cache.chunks")
+ANY = (*DECODING, "cache.ragged")
+A = "layers.N.attention."
+CACHED = (*TURNED, A + "key", A + "value", A + "scores", A + "context", *WEIGHED)
+Pair = tuple[Tensor, Tensor]
+
+
+def returned(change: Callable[[Tensor, Tensor, int], Pair]) -> Callable[..., Any]:
+    """What attention gets from the cache: change(keys, values, new tokens), both (B, KV, S, Dh)."""
+
+    def make(original: Callable[..., Pair]) -> Callable[..., Pair]:
+        def append(self: Any, key: Tensor, value: Tensor) -> Pair:
+            keys, values = original(self, key, value)
+            return change(keys, values, key.shape[2])
+
+        return append
+
+    return make
+
+
+def first_rows(keys: Tensor, values: Tensor, new: int) -> Pair:
+    """Cached tokens are those of the batch's first row, for all rows."""
+    kept = keys.shape[2] - new
+    return tuple(  # type: ignore[return-value]
+        torch.cat((heads[:1, :, :kept].expand(len(heads), -1, -1, -1), heads[:, :, kept:]), dim=2)
+        for heads in (keys, values)
+    )
+
+
+def values_of_this_call(original: Callable[..., Pair]) -> Callable[..., Pair]:
+    """Values of earlier calls are lost: the new ones are repeated in their place."""
+
+    def append(self: Any, key: Tensor, value: Tensor) -> Pair:
+        keys, _ = original(self, key, value)
+        kept = keys.shape[2] - key.shape[2]
+        return keys, torch.cat((value[:, :, :1].expand(-1, -1, kept, -1), value), dim=2)
+
+    return append
+
+
+def nothing_kept(keys: Tensor, values: Tensor, new: int) -> Pair:
+    kept = keys.shape[2] - new
+    return tuple(  # type: ignore[return-value]
+        torch.cat((torch.zeros_like(heads[:, :, :kept]), heads[:, :, kept:]), dim=2) for heads in (keys, values)
+    )
+
+
+def newest_first(keys: Tensor, values: Tensor, new: int) -> Pair:
+    """The new tokens stand before the cached ones, while the mask has them behind."""
+    return keys.roll(new, dims=2), values.roll(new, dims=2)
+
+
+def keys_alone_reversed(keys: Tensor, values: Tensor, new: int) -> Pair:
+    kept = keys.shape[2] - new
+    return torch.cat((keys[:, :, :kept].flip(2), keys[:, :, kept:]), dim=2), values
+
+
+def overwritten(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A chunk is written one slot too early: over the last cached token."""
+
+    def write(buffer: Tensor | None, chunk: Tensor, *, start: int, max_length: int | None) -> Tensor:
+        whole = original(buffer, chunk, start=start, max_length=max_length)
+        if start:
+            whole[:, :, start - 1 : start - 1 + chunk.shape[2]] = chunk
+        return whole
+
+    return write
+
+
+def grown_empty(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A larger buffer begins with zeros, not with what the smaller one held."""
+
+    def write(buffer: Tensor | None, chunk: Tensor, *, start: int, max_length: int | None) -> Tensor:
+        whole = original(buffer, chunk, start=start, max_length=max_length)
+        if buffer is not None and whole.shape != buffer.shape:
+            whole[:, :, :start] = 0
+        return whole
+
+    return write
+
+
+def last_not_stored(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The last token of a chunk is not written: the loop ends too early."""
+
+    def write(buffer: Tensor | None, chunk: Tensor, *, start: int, max_length: int | None) -> Tensor:
+        stored = chunk.clone()
+        if chunk.shape[2] > 1:
+            stored[:, :, -1] = 0
+        return original(buffer, stored, start=start, max_length=max_length)
+
+    return write
+
+
+def only_in_float16(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def write(buffer: Tensor | None, chunk: Tensor, *, start: int, max_length: int | None) -> Tensor:
+        return original(buffer, chunk.to(torch.float16).to(chunk.dtype), start=start, max_length=max_length)
+
+    return write
+
+
+def padding_forgotten(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def extended(self: Any, real: Tensor) -> Tensor:
+        whole = original(self, real)
+        return torch.cat((torch.ones_like(whole[:, : -real.shape[1]]), real), dim=1)
+
+    return extended
+
+
+def one_layer_for_all(original: Callable[..., None]) -> Callable[..., None]:
+    def init(self: Any, *, num_hidden_layers: int, max_length: int | None = None) -> None:
+        original(self, num_hidden_layers=num_hidden_layers, max_length=max_length)
+        self.layers = [self.layers[0]] * num_hidden_layers
+
+    return init
+
+
+def kept_session(original: Callable[..., None]) -> Callable[..., None]:
+    """The model keeps the cache of its first session, for all."""
+
+    def init(self: Any, model: Any, cache: Any) -> None:
+        if not hasattr(model, "kept_cache") or model.kept_cache.length > 40:
+            object.__setattr__(model, "kept_cache", cache)
+        original(self, model, model.kept_cache)
+
+    return init
+
+
+# --- rotary positions in the cache ------------------------------------------------------------------------------------
+
+
+def stored_raw(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keys are stored as they are projected, and never turned when they are read."""
+
+    def forward(self: Any, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
+        if cache is None:
+            return original(self, x, cos, sin, mask)
+        query, key, value = self.project(x)
+        keys, value = cache.append(key, value)
+        query, key = self.turn(query, key, cos, sin)
+        keys = torch.cat((keys[:, :, : -x.shape[1]], key), dim=2)
+        project_out = self.o_proj if hasattr(self, "o_proj") else self.dense
+        output: Tensor = project_out(self.attend(query, keys, value, mask).transpose(1, 2).flatten(2))
+        return output
+
+    return forward
+
+
+def angles_known(use: Callable[..., Any]) -> Callable[[], tuple[Swap, ...]]:
+    """`append` and the like do not know how keys are turned: what makes the tables leaves it here.
+
+    use: (state, original forward) -> forward; state holds the arguments of `rotary.tables`.
+    """
+
+    def swaps() -> tuple[Swap, ...]:
+        state: dict[str, Any] = {}
+
+        def tables(original: Callable[..., Any]) -> Callable[..., Any]:
+            def noted(position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+                state.update(position_ids=position_ids, args=args, kwargs=kwargs)
+                return original(position_ids, *args, **kwargs)
+
+            return noted
+
+        return Swap(TABLES, tables), *(Swap(target, lambda original: use(state, original)) for target in TURNS)
+
+    return swaps
+
+
+def turned_again(state: dict[str, Any], original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward(self: Any, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
+        if cache is None:
+            return original(self, x, cos, sin, mask)
+        query, key = (tensor for tensor in self.project(x)[:2])
+        value = self.project(x)[2]
+        query, key = self.turn(query, key, cos, sin)
+        keys, value = cache.append(key, value)
+        kept = keys.shape[2] - x.shape[1]
+        places = torch.arange(kept).expand(len(x), -1)
+        again = rotary.rotate_partly(keys[:, :, :kept], *rotary.tables(places, *state["args"], **state["kwargs"]))
+        keys = torch.cat((again, keys[:, :, kept:]), dim=2)
+        project_out = self.o_proj if hasattr(self, "o_proj") else self.dense
+        output: Tensor = project_out(self.attend(query, keys, value, mask).transpose(1, 2).flatten(2))
+        return output
+
+    return forward
+
+
+def advanced_early(state: dict[str, Any], original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward(self: Any, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
+        upper = cache is not None and cache._cache.length and cache is not cache._cache.layers[0]
+        if upper:
+            cos, sin = rotary.tables(state["position_ids"] + 1, *state["args"], **state["kwargs"])
+        return original(self, x, cos, sin, mask, cache)
+
+    return forward
+
+
+# --- rolling buffers: the reference keeps every key, so that a buffer's faults are written as what is seen ------------
+
+
+def slots_lost(when_cached: bool) -> Callable[..., Any]:
+    """Keys whose slots this call overwrites are gone before its first queries have seen them."""
+
+    def make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def visible_keys(real: Tensor, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
+            mask = original(real, num_queries=num_queries, sliding_window=sliding_window)
+            total = real.shape[1]
+            if sliding_window is not None and num_queries > 1 and (num_queries < total) == when_cached:
+                mask[..., : max(total - sliding_window, 0)] = False
+            return mask
+
+        return visible_keys
+
+    return make
+
+
+def only_in_sessions(swap: Swap) -> tuple[Swap, ...]:
+    """The swapped mask is that of calls with a cache."""
+    state = {"cached": False}
+
+    def extended(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noted(self: Any, real: Tensor) -> Tensor:
+            state["cached"] = True
+            return original(self, real)
+
+        return noted
+
+    def visible_keys(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        changed = swap.make(original)
+
+        def chosen(real: Tensor, **sizes: Any) -> Tensor:
+            cached, state["cached"] = state["cached"], False
+            found: Tensor = (changed if cached else original)(real, **sizes)
+            return found
+
+        return chosen
+
+    return Swap(EXTENDED, extended), Swap(swap.target, visible_keys)
+
+
+def slot_order() -> tuple[Swap, ...]:
+    """The cached part of the keys comes in the order of slots, and is masked as if it were in that of time."""
+    state: dict[str, int | None] = {"window": None}
+
+    def visible_keys(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noted(real: Tensor, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
+            state["window"] = sliding_window
+            return original(real, num_queries=num_queries, sliding_window=sliding_window)
+
+        return noted
+
+    def slots(keys: Tensor, values: Tensor, new: int) -> Pair:
+        window, kept = state["window"], keys.shape[2] - new
+        if window is None or kept <= window:
+            return keys, values
+        return tuple(  # type: ignore[return-value]
+            torch.cat((heads[:, :, : kept - window], heads[:, :, kept - window : kept].roll(kept % window, dims=2),
+                       heads[:, :, kept:]), dim=2)
+            for heads in (keys, values)
+        )  # fmt: skip
+
+    return Swap(VISIBLE, visible_keys), Swap(APPEND, returned(slots))
+
+
+def entry(
+    identifier: str, families: tuple[str, ...], swaps: tuple[Swap, ...], killed_by: tuple[str, ...], **text: Any
+) -> Mistake:
+    seen = text.pop("seen", "common knowledge")
+    return Mistake(
+        id=identifier, families=families, swaps=swaps, killed_by=killed_by, seen=seen,
+        touches=text.pop("touches", CACHED), **text,
+    )  # fmt: skip
+
+
+MISTAKES = (
+    entry(
+        "cache-not-reset", DECODERS, (Swap(SESSION, kept_session),), ANY,
+        what="A second text sees the first one's keys: the cache is kept between sessions.",
+        why="Texts have nothing to do with each other.",
+        shows="Only from the second session on.", fix="A cache for each session.",
+        seen="Lightning-AI/litgpt#1596, EleutherAI/gpt-neox#532", touches=("embedding", *CACHED),
+    ),
+    entry(
+        "cache-reorder", MODELS, (Swap(APPEND, returned(keys_alone_reversed)),), DECODING,
+        what="Cached keys are reordered (beams, slots, blocks) and values are not.",
+        why="They belong together.",
+        shows="Only when something moves; here: from the third token on.", fix="Move both.",
+        seen="transformers#46612, transformers#34232",
+    ),
+    entry(
+        "cache-rows-mixed", MODELS, (Swap(APPEND, returned(first_rows)),), DECODING,
+        what="All rows of a batch get the cached keys and values of its first row.",
+        why="Every row has its own text.",
+        shows="Only in batches of different rows.", fix="Index the cache by row.",
+        seen="transformers#46612 (rows that move)",
+    ),
+    entry(
+        "cache-values-not-kept", MODELS, (Swap(APPEND, values_of_this_call),), DECODING,
+        what="Keys are cached and values are not.",
+        why="Both are needed.", shows="Only from the second call on: scores are right, contexts are not.",
+        fix="Cache both.",
+    ),
+    entry(
+        "cache-written-as-zeros", MODELS, (Swap(APPEND, returned(nothing_kept)),), DECODING,
+        what="What is read back is the empty buffer: writing went to a copy.",
+        why="x[index] with a list, .to(device), .contiguous() copy.",
+        shows="Only from the second call on.", fix="Write into the buffer itself, and test that it changed.",
+    ),
+    entry(
+        "cache-new-keys-first", MODELS, (Swap(APPEND, returned(newest_first)),), ("cache.chunks",),
+        what="New keys are put before the cached ones: cat((new, past)).",
+        why="The mask counts from the past.",
+        shows="Nothing when a single token is decoded without padding, since it sees all; chunks are wrong.",
+        fix="cat((past, new), dim=seq).",
+    ),
+    entry(
+        "cache-write-off-by-one", MODELS, (Swap(WRITE, overwritten),), DECODING,
+        what="New keys are written one slot too early, over the last cached token.",
+        why="The next free slot is number length.",
+        shows="Only from the second call on.", fix="Slots length … length + T − 1.",
+        seen="Integral2u/SharpMind#57 (the same seam)",
+    ),
+    entry(
+        "cache-growth-loses", MODELS, (Swap(WRITE, grown_empty),), DECODING,
+        what="When the buffer grows, what it held is not copied.",
+        why="It is still needed.", shows="Only when the buffer grows.", fix="Copy the old slots.",
+    ),
+    entry(
+        "chunk-tokens-skipped", MODELS, (Swap(WRITE, last_not_stored),), ("cache.prefill_decode", "cache.chunks"),
+        what="The last token of a chunk is not stored: the loop runs over whole blocks only.",
+        why="Every token is part of the text.",
+        shows="Only chunks of more than one token; a test by whole blocks does not see it.",
+        fix="Store the rest of the last block.",
+        seen="Integral2u/SharpMind#57, cactus#716",
+    ),
+    entry(
+        "cache-low-precision", MODELS, (Swap(WRITE, only_in_float16),), DECODING,
+        what="The cache is float16 whatever the model is.",
+        why="Decoding then differs from the full forward by float16's rounding.",
+        shows="5e-4 while decoding; nothing in float16.", fix="Keep the model's dtype, or say so.",
+        precision="under true double precision float16 is float64 as well",
+    ),
+    entry(
+        "cache-padding-forgotten", DECODERS, (Swap(EXTENDED, padding_forgotten),), ("cache.ragged",),
+        what="Padding of earlier calls is taken for real once it is cached.",
+        why="It must stay hidden, and must not count in positions.",
+        shows="Only when decoding after a padded prompt.", fix="Keep the mask with the keys.",
+        seen="NVIDIA/FasterTransformer#270 (in cross attention)",
+    ),
+    entry(
+        "cache-shared-by-layers", MODELS, (Swap(CACHE, one_layer_for_all),), DECODING,
+        what="[LayerCache()] * n is one cache: each layer overwrites what the one before it wrote.",
+        why="Every layer has keys of its own.",
+        shows="Only from the second call on; nothing with one layer.", fix="[LayerCache() for _ in range(n)].",
+    ),
+    entry(
+        "cache-keys-never-turned", TURNING, tuple(Swap(t, stored_raw) for t in TURNS), DECODING,
+        what="Keys are stored as they are projected, and are not turned when they are read.",
+        why="Every key has its position.",
+        shows="Only from the second call on.", fix="Store turned keys, or turn all of them on every call.",
+        seen="NeuraLegion/shainet#110",
+    ),
+    entry(
+        "rope-cached-keys-rotated-again", TURNING, angles_known(turned_again)(), DECODING,
+        what="Keys are stored turned, and turned again whenever they are read.",
+        why="Once is enough.", shows="Only from the second call on.", fix="Turn before storing, or after reading.",
+        seen="NeuraLegion/shainet#110",
+    ),
+    entry(
+        "rope-offset-advanced-early", TURNING, angles_known(advanced_early)(), DECODING,
+        what="Layer 0 advances the shared length, so that upper layers turn new tokens one position too far.",
+        why="One call has one set of positions.",
+        shows="Only while decoding, and only from layer 1 on.", fix="Advance after the last layer.",
+        seen="fla-org/flash-linear-attention#766",
+    ),
+    entry(
+        "rolling-write-before-read", ("mistral", "mixtral"), (Swap(VISIBLE, slots_lost(when_cached=True)),),
+        ("cache.chunks",),
+        what="A chunk overwrites the slots whose keys its first queries still need.",
+        why="With w slots and n new tokens, the oldest of w + n − 1 keys are gone.",
+        shows="Token by token everything is right; every call with n > 1 that overflows the buffer is wrong.",
+        fix="Attend to the old keys and the new ones, and write afterwards.",
+        seen="pytorch/executorch#20346, transformers#30642 (review)",
+    ),
+    entry(
+        "prefill-longer-than-window", ("mistral", "mixtral"),
+        only_in_sessions(Swap(VISIBLE, slots_lost(when_cached=False))), ("cache.prefill_decode",),
+        what="Of a prompt longer than the window only the last w keys are kept before its queries attend.",
+        why="The earlier queries have nothing to see.",
+        shows="Only prompts longer than the window; zeros or NaN in their first rows.",
+        fix="Attend first, then keep the last w.",
+        seen="transformers#30642, mlxcel#413, mlxcel#418",
+    ),
+    entry(
+        "rolling-slot-order", ("mistral", "mixtral"), slot_order(), ("cache.chunks", "cache.one_by_one"),
+        what="The order of slots is taken for the order of time when masks are built.",
+        why="After the buffer has wrapped, slot 0 holds a newer key than slot 1.",
+        shows="Nothing in one shot, before the wrap, or for a single token that sees the whole buffer.",
+        fix="Keep each slot's position, or unroll the buffer.",
+        seen="ollama#14912, ollama#15591, mlx-examples#1000",
+    ),
+)  # fmt: skip

@@ -1,0 +1,263 @@
+"""Mistakes of implementations that share no code with the reference are named; what no entry knows is not misnamed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from candidates import ENTRIES, FIRST_DIVERGENCE, HARMLESS, LAYOUTS, MISTAKES, MORE, SHOWN_BY
+from conformance import check
+from conformance.cases import Case, Claim
+from conformance.diagnosis import diagnose, hypotheses
+from conformance.families import get
+from conformance.implementation import adopt
+from conformance.judge import Judge, Result, judge
+from conformance.suite import checks
+
+CASES: dict[str, Case] = {}
+# Layout and mistake of every candidate, and the first wrong probe.
+RUNS = {
+    (layout, mistake): FIRST_DIVERGENCE[layout].get(mistake, MORE[layout].get(mistake, ""))
+    for layout in LAYOUTS
+    for mistake in (*MISTAKES, *MORE[layout])
+}
+
+
+def case(name: str) -> Case:
+    if name not in CASES:
+        CASES[name] = Case(name)
+    return CASES[name]
+
+
+def judged(implementation: Any, name: str, check_name: str, dtype: str = "float64") -> Result:
+    """The result of a claim, of cases that are read once."""
+    found = adopt("", implementation)
+    claim = Claim(name, check_name, dtype)
+    return judge(checks()[check_name], claim, lambda: Judge(found, case(name), dtype, "cpu"))
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[tuple[str, str], Result]:
+    shown = {run: SHOWN_BY.get(run[1], ("llama/distinct", "golden.logits")) for run in RUNS}
+    by_claim = sorted(RUNS, key=lambda run: shown[run])  # what is simulated for one candidate serves the next
+    return {(layout, m): judged(LAYOUTS[layout](mistake=m), *shown[layout, m]) for layout, m in by_claim}
+
+
+def identifier(result: Result) -> str | None:
+    return result.diagnosis["id"] if result.diagnosis else None
+
+
+def test_there_are_enough_mistakes() -> None:
+    assert len({entry for entry in ENTRIES.values()}) >= 40
+    assert len(RUNS) >= 90
+    assert not set(ENTRIES.values()) - {hypothesis.id for hypothesis in hypotheses("llama")}
+
+
+def test_known_mistakes_are_named(results: dict[tuple[str, str], Result]) -> None:
+    """At least 95 % of them rightly; at most 1 % wrongly."""
+    known = {run: result for run, result in results.items() if run[1] in ENTRIES}
+    missed = {run: identifier(result) for run, result in known.items() if identifier(result) != ENTRIES[run[1]]}
+    wrong = {run: said for run, said in missed.items() if said is not None}
+    assert len(wrong) <= 0.01 * len(known), wrong
+    assert len(missed) <= 0.05 * len(known), missed
+
+
+def test_a_named_mistake_is_reproduced(results: dict[tuple[str, str], Result]) -> None:
+    named = [result.diagnosis for result in results.values() if result.diagnosis and result.diagnosis["id"]]
+    assert all(diagnosis["reproduced_to"] <= 1e-9 and diagnosis["fix"] for diagnosis in named)
+
+
+def test_the_first_wrong_tensor_is_right(results: dict[tuple[str, str], Result]) -> None:
+    """At least 98 % of the time, where there is one (padded batches are not localised)."""
+    found = {run: (result.divergence or {}).get("first_wrong", "") for run, result in results.items()}
+    wrong = {run: (found[run], probe) for run, probe in RUNS.items() if found[run] != probe}
+    assert len(wrong) <= 0.02 * len(RUNS), wrong
+
+
+def test_a_mistake_of_no_entry_is_unknown(results: dict[tuple[str, str], Result]) -> None:
+    foreign = {run: result.diagnosis for run, result in results.items() if run[1] not in ENTRIES}
+    assert len(foreign) >= 5
+    assert {diagnosis and diagnosis["kind"] for diagnosis in foreign.values()} == {"unknown"}
+    swapped = foreign["batch_first", "batch_rows_swapped"]
+    assert swapped is not None
+    assert swapped["text"].startswith("the right values in another order along batch; none of ")
+    late = foreign["batch_first", "memory_values_forgotten"]
+    assert late is not None
+    assert late["text"].startswith("the first call of the session is right, later ones are not")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_right_implementation_has_no_diagnosis(layout: str) -> None:
+    for mistake in (None, *HARMLESS.get(layout, ())):
+        for check_name in ("golden.logits", "golden.left_padding", "cache.chunks"):
+            result = judged(LAYOUTS[layout](mistake=mistake), "llama/distinct", check_name)
+            assert (result.outcome, result.diagnosis) == ("pass", None)
+
+
+# --- config fields ----------------------------------------------------------------------------------------------------
+
+
+class WithoutField:
+    """A right implementation that does not read a key of config.json, nor the weights that come with it."""
+
+    name, families = "deaf", frozenset({"llama"})
+
+    def __init__(self, field: str):
+        self.field = field
+
+    def load(self, checkpoint: Any) -> Any:
+        family = get("llama")
+        checkpoint.config.pop(self.field, None)
+        checkpoint.config.get("rope_parameters", {}).pop(self.field, None)
+        if self.field == "rope_scaling":
+            checkpoint.config["rope_parameters"] = {
+                "rope_type": "default", "rope_theta": checkpoint.config["rope_theta"]
+            }  # fmt: skip
+        known, tensors = family.tensor_shapes(checkpoint.config), checkpoint.tensors
+        checkpoint.tensors = lambda: {name: tensor for name, tensor in tensors().items() if name in known}
+        return LAYOUTS["batch_first"]().load(checkpoint)
+
+
+IGNORED = {"rms_norm_eps": "plain-eps", "rope_theta": "", "rope_scaling": "", "attention_bias": "", "mlp_bias": ""}
+
+
+@pytest.mark.parametrize("field", IGNORED)
+def test_an_ignored_field_is_named(field: str) -> None:
+    """In a case that moves everything at once, whose golden stores no counterfactual of it."""
+    result = judged(WithoutField(field), "llama/distinct", "golden.logits")
+    assert result.diagnosis is not None
+    assert result.equals is None
+    entries = {"rms_norm_eps": "field-epsilon-default", "rope_theta": "rope-theta-default", "rope_scaling": "rope-scaling-ignored"}
+    assert result.diagnosis["id"] == entries.get(field, field)
+    assert result.diagnosis["kind"] == ("mistake" if field in entries else "field")
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "rms_norm_eps", "attention_bias", "mlp_bias", "hidden_act-relu"])
+def test_every_field_case_is_named(field: str) -> None:
+    """By the golden's own counterfactual; then nothing else is looked for."""
+    result = judged(WithoutField(field.split("-")[0]), f"llama/field-{field}", "golden.logits")
+    assert result.equals == f"{field.split('-')[0]} ignored"
+    assert result.diagnosis is None
+
+
+# --- two mistakes, working dtypes, engines, memory --------------------------------------------------------------------
+
+
+class Both:
+    """Two mistakes of one layout at once."""
+
+    name, families = "two mistakes", frozenset({"llama"})
+
+    def load(self, checkpoint: Any) -> Any:
+        tensors = checkpoint.tensors
+
+        def crossed() -> dict[str, torch.Tensor]:
+            found = dict(tensors())
+            for layer in ("model.layers.0.", "model.layers.1."):
+                names = [layer + "mlp.gate_proj.", layer + "mlp.up_proj."]
+                for kind in ("weight", "bias"):
+                    gate, up = (found[name + kind] for name in names)
+                    found[names[0] + kind], found[names[1] + kind] = up, gate
+            return found
+
+        checkpoint.tensors = crossed
+        return LAYOUTS["heads_first"](mistake="interleaved_rotary").load(checkpoint)
+
+
+def test_two_mistakes_at_once_are_both_named() -> None:
+    result = judged(Both(), "llama/distinct", "golden.logits")
+    assert result.diagnosis is not None
+    assert (result.diagnosis["kind"], result.diagnosis["id"]) == ("two at once", "rope-layout and swiglu-swap")
+    assert result.diagnosis["reproduced_to"] <= 1e-9
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mistake_is_named_in_a_working_dtype(dtype: str) -> None:
+    result = judged(LAYOUTS["fused_sdpa"](mistake="scale_missing"), "llama/distinct", "golden.logits", dtype)
+    assert identifier(result) == "attn-scale-missing"
+
+
+def test_a_rounding_error_is_not_taken_for_a_mistake() -> None:
+    """In bfloat16 many mistakes are as small as rounding; none of them explains noise."""
+
+    class Noisy:
+        name, families = "noisy", frozenset({"llama"})
+
+        def load(self, checkpoint: Any) -> Any:
+            model = LAYOUTS["batch_first"]().load(checkpoint)
+            noise = torch.randn(4, 11, 61, generator=torch.Generator().manual_seed(0))
+            return lambda input_ids: model(input_ids) * (1 + 0.05 * noise.to(checkpoint.dtype))
+
+    result = judged(Noisy(), "llama/distinct", "golden.logits", "bfloat16")
+    assert result.outcome == "fail"
+    assert result.diagnosis is not None
+    assert result.diagnosis["id"] is None
+
+
+def test_what_was_found_is_tried_first_in_other_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    from conformance.diagnosis import Search
+
+    found = adopt("", LAYOUTS["batch_first"](mistake="gelu_for_silu"))
+
+    def run(name: str) -> Result:
+        return judge(checks()["golden.logits"], Claim(name, "golden.logits", "float64"),
+                     lambda: Judge(found, case(name), "float64", "cpu"))  # fmt: skip
+
+    assert identifier(run("llama/distinct")) == "act-gelu-for-silu"
+
+    def no_search(_: Search) -> Iterator[Any]:
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr(Search, "stages", no_search)
+    assert identifier(run("llama/plain")) == "act-gelu-for-silu"
+
+
+def test_values_that_change_from_call_to_call_are_said_to() -> None:
+    calls = iter(range(1, 100))
+
+    class Drifting:
+        name, families = "drifting", frozenset({"llama"})
+
+        def load(self, checkpoint: Any) -> Any:
+            model = LAYOUTS["batch_first"]().load(checkpoint)
+            return lambda input_ids: model(input_ids) + next(calls)
+
+    result = judged(Drifting(), "llama/distinct", "golden.logits")
+    assert result.diagnosis is not None
+    assert result.diagnosis["text"].startswith("the same call gives other values when it is repeated")
+
+
+def test_no_number_is_diagnosed_as_well() -> None:
+    class Nothing:
+        name, families = "nan", frozenset({"llama"})
+
+        def load(self, checkpoint: Any) -> Any:
+            model = LAYOUTS["batch_first"]().load(checkpoint)
+            return lambda input_ids: model(input_ids) * torch.nan
+
+    result = judged(Nothing(), "llama/distinct", "golden.logits")
+    assert (result.kind, result.diagnosis and result.diagnosis["id"]) == ("not finite", None)
+    assert result.diagnosis is not None
+    assert result.diagnosis["text"].startswith("NaN in 100% of the values")
+
+
+def test_a_patched_reference_names_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate may have changed `reference_impl` in its own process; what is simulated on it proves nothing."""
+    from reference_impl.nn import attention
+
+    monkeypatch.setattr(attention, "score_scale", lambda head_dim: 1.0)
+    result = check(LAYOUTS["batch_first"](mistake="scale_missing"), "llama/distinct")
+    assert result.diagnosis is None
+    assert result.notes[-1].startswith("not diagnosed: reference_impl itself does not pass this claim")
+
+
+def test_a_diagnosis_that_breaks_changes_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no")
+
+    assert diagnose is not broken
+    monkeypatch.setattr("conformance.diagnosis.diagnose", broken)
+    result = check(LAYOUTS["batch_first"](mistake="scale_missing"), "llama/distinct")
+    assert (result.outcome, result.diagnosis) == ("fail", None)
+    assert result.notes == ["not diagnosed: RuntimeError: no"]
