@@ -89,8 +89,25 @@ def _under(patch: Patch, function: Callable[..., Any]) -> Callable[..., Any]:
     return patched
 
 
+def _method_under(patch: Patch, owner: Any, name: str) -> Callable[..., Any]:
+    """A method that is looked up under the patch: bound before, it would be the right one."""
+
+    @wraps(getattr(owner, name))
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        with patch:
+            return getattr(owner, name)(*args, **kwargs)
+
+    return patched
+
+
 def model_under(patch: Patch, model: Any) -> Any:
-    """A loaded model (or a component's function) whose every call and feed runs under the patch."""
+    """A loaded model (a component's function, a tokenizer) of which everything that is called runs under the patch."""
+    if hasattr(model, "encode"):
+        return SimpleNamespace(
+            encode=_method_under(patch, model, "encode"),
+            decode=_method_under(patch, model, "decode"),
+            decoder=lambda: _decoder_under(patch, model.decoder()),
+        )
     patched: Any = _under(patch, model)
     if hasattr(model, "session"):
 
@@ -98,10 +115,14 @@ def model_under(patch: Patch, model: Any) -> Any:
         def session(**source: Any) -> SimpleNamespace:
             with patch:
                 opened = model.session(**source)
-            return SimpleNamespace(feed=_under(patch, opened.feed))
+            return SimpleNamespace(feed=_method_under(patch, opened, "feed"))
 
         patched.session = session
     return patched
+
+
+def _decoder_under(patch: Patch, decoder: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{name: _method_under(patch, decoder, name) for name in ("feed", "finish")})
 
 
 # --- judging one ------------------------------------------------------------------------------------------------------
@@ -126,10 +147,17 @@ def ordered(mistake: Mistake, family: str) -> list[Claim]:
 
     def key(claim: Claim) -> tuple[Any, ...]:
         named, label = claim.check in mistake.killed_by, claim.case.split("/")[1]
-        first = (dtypes.index(claim.dtype), mistake.killed_by.index(claim.check)) if named else ()
+        order = dtypes.index(claim.dtype) if claim.dtype in dtypes else 0  # text has none
+        first = (order, mistake.killed_by.index(claim.check)) if named else ()
         return label == "long", not named, *first, label != "distinct"
 
-    return sorted((claim for claim in _manifest().claims() if claim.family == family), key=key)
+    own = [claim for claim in _manifest().claims() if claim.family == family and _can_see(claim.check)]
+    return sorted(own, key=key)
+
+
+def _can_see(check: str) -> bool:
+    """A patch is in this process alone: what a check starts elsewhere runs the right code."""
+    return not check.startswith("partition.")
 
 
 def judge_mutant(mistake: Mistake, family: str, *, everything: bool = False) -> Outcome:

@@ -24,6 +24,10 @@ TOPICS = (
     "recurrent",
     "sequence_attention",
     "encoder_decoder",
+    "transformer_xl",
+    "switch_transformer",
+    "translation",
+    "tokenizer",
 )  # fmt: skip
 
 Replace = Callable[[Any], Any]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conformance.mistakes import Mistake, Swap
-from conformance.mistakes.groups import DECODERS, GPTS, MODELS, TURNING
+from conformance.mistakes.groups import DECODERS, GPTS, MODELS, OTHERS, TURNING
 from conformance.mistakes.making import after, each, instead, on_load
 from reference_impl.nn import attention as core
 
@@ -26,13 +26,13 @@ PARTS = "reference_impl.nn.self_attention:split_query_key_value"
 # What attends, as models and as components.
 ALL = ("multi_head_attention", "sliding_window_attention", *MODELS)
 PROJECTING = ("multi_head_attention", *MODELS)
-RELATIVE = (*PROJECTING, "relative_attention")
+RELATIVE = (*PROJECTING, "relative_attention", *OTHERS)
 GROUPS = ("multi_head_attention", "sliding_window_attention", *TURNING)
 FORWARD = ("component.outputs", "golden.logits")
 
 A = "layers.N.attention."
-PROJECTED = (A + "query", A + "key", A + "value", A + "query_normed", A + "key_normed")
-SCORED = (A + "scores",)
+PROJECTED = (A + "query", A + "key", A + "value", A + "query_normed", A + "key_normed", A + "distance_key")
+SCORED = (A + "scores", A + "content_scores", A + "position_scores")
 WEIGHED = (A + "weights",)
 MIXED = (A + "context",)
 
@@ -238,7 +238,7 @@ def one_by_one_scale(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 _SOFTMAX = (
     Mistake(
         id="attn-scale-missing",
-        families=(*ALL, "relative_attention"),
+        families=(*ALL, "relative_attention", "transformer_xl"),
         what="Scores are not divided by √Dh.",
         why="The softmax becomes too sharp.",
         shows="2e-3 in a default-initialised tiny model, where scores are near 0; large at real scale.",
@@ -250,7 +250,7 @@ _SOFTMAX = (
     ),
     Mistake(
         id="attn-scale-twice",
-        families=(*ALL, "relative_attention"),
+        families=(*ALL, "relative_attention", "transformer_xl"),
         what="Scales by 1 / Dh: once on the query and once on the scores, or Dh in place of its root.",
         why="The softmax becomes too flat.",
         shows="2e-3 in a default-initialised tiny model; large at real scale.",
@@ -262,7 +262,7 @@ _SOFTMAX = (
     ),
     Mistake(
         id="attn-scale-inverted",
-        families=(*ALL, "relative_attention"),
+        families=(*ALL, "relative_attention", "transformer_xl"),
         what="Multiplies by √Dh: divides by Dh^(−1/2).",
         why="The softmax becomes nearly a maximum.",
         shows="Large at real scale.",
@@ -306,11 +306,11 @@ _SOFTMAX = (
         seen="common knowledge",
         swaps=(Swap(SCORES, one_by_one_scale),),
         killed_by=("cache.prefill_decode", "cache.one_by_one"),
-        touches=SCORED,
+        touches=(*SCORED, *MIXED),  # over a rolling buffer the scores are in the order of slots
     ),
     Mistake(
         id="attn-softmax-over-queries",
-        families=(*ALL, "relative_attention"),
+        families=(*ALL, "relative_attention", *OTHERS),
         what="Softmax over the queries instead of over the keys.",
         why="A query's weights must sum to 1.",
         shows="Large; sums of weights differ from 1, and depend on later tokens.",
@@ -322,7 +322,7 @@ _SOFTMAX = (
     ),
     Mistake(
         id="attn-softmax-over-heads",
-        families=(*ALL, "relative_attention"),
+        families=(*ALL, "relative_attention", *OTHERS),
         what="Softmax over the heads.",
         why="A query's weights must sum to 1 over its keys, in every head.",
         shows="Large; with one head all weights are 1.",
@@ -334,7 +334,7 @@ _SOFTMAX = (
     ),
     Mistake(
         id="attn-mask-after-softmax",
-        families=(*ALL, "relative_attention"),
+        families=(*ALL, "relative_attention", *OTHERS),
         what="Sets weights of hidden keys to 0 after the softmax and does not normalise again.",
         why="What hidden keys took is missing: a query's weights sum to less than 1, and depend on the future.",
         shows="Everywhere but in the last row; sums of weights below 1.",
@@ -378,7 +378,7 @@ _SOFTMAX = (
     ),
     Mistake(
         id="attn-dropout-in-eval",
-        families=ALL,
+        families=(*ALL, *OTHERS),
         what="Drops attention weights at evaluation too: dropout_p is passed to the functional call without asking "
         "whether the model trains.",
         why="Evaluation is deterministic.",

@@ -26,7 +26,8 @@ TURNS = ("reference_impl.nn.attention:GroupedQueryAttention.forward", "reference
 
 DECODING = ("cache.prefill_decode", "cache.one_by_one", "cache.chunks")
 ANY = (*DECODING, "cache.ragged")
-# Families with sessions over a rolling buffer.
+# Families with sessions over a cache of keys and values, and over a rolling one.
+CACHING = (*MODELS, "switch_transformer")
 ROLLERS = ("mistral", "mixtral")
 A = "layers.N.attention."
 CACHED = (*TURNED, A + "key", A + "value", A + "scores", A + "context", *WEIGHED)
@@ -337,52 +338,52 @@ MISTAKES = (
         seen="Lightning-AI/litgpt#1596, EleutherAI/gpt-neox#532", touches=("embedding", *CACHED),
     ),
     entry(
-        "cache-reorder", MODELS, each(APPENDS, returned(keys_alone_reversed)), DECODING,
+        "cache-reorder", CACHING, each(APPENDS, returned(keys_alone_reversed)), DECODING,
         what="Cached keys are reordered (beams, slots, blocks) and values are not.",
         why="They belong together.",
         shows="Only when something moves; here: from the third token on.", fix="Move both.",
         seen="transformers#46612, transformers#34232",
     ),
     entry(
-        "cache-rows-mixed", MODELS, each(APPENDS, returned(first_rows)), DECODING,
+        "cache-rows-mixed", CACHING, each(APPENDS, returned(first_rows)), DECODING,
         what="All rows of a batch get the cached keys and values of its first row.",
         why="Every row has its own text.",
         shows="Only in batches of different rows.", fix="Index the cache by row.",
         seen="transformers#46612 (rows that move)",
     ),
     entry(
-        "cache-values-not-kept", MODELS, each(APPENDS, values_of_this_call), DECODING,
+        "cache-values-not-kept", CACHING, each(APPENDS, values_of_this_call), DECODING,
         what="Keys are cached and values are not.",
         why="Both are needed.", shows="Only from the second call on: scores are right, contexts are not.",
         fix="Cache both.",
     ),
     entry(
-        "cache-written-as-zeros", MODELS, each(APPENDS, returned(nothing_kept)), DECODING,
+        "cache-written-as-zeros", CACHING, each(APPENDS, returned(nothing_kept)), DECODING,
         what="What is read back is the empty buffer: writing went to a copy.",
         why="x[index] with a list, .to(device), .contiguous() copy.",
         shows="Only from the second call on.", fix="Write into the buffer itself, and test that it changed.",
     ),
     entry(
-        "cache-new-keys-first", MODELS, each(APPENDS, returned(newest_first)), ("cache.chunks",),
+        "cache-new-keys-first", CACHING, each(APPENDS, returned(newest_first)), ("cache.chunks",),
         what="New keys are put before the cached ones: cat((new, past)).",
         why="The mask counts from the past.",
         shows="Nothing when a single token is decoded without padding, since it sees all; chunks are wrong.",
         fix="cat((past, new), dim=seq).",
     ),
     entry(
-        "cache-write-off-by-one", MODELS, (Swap(WRITE, overwritten),), DECODING,
+        "cache-write-off-by-one", CACHING, (Swap(WRITE, overwritten),), DECODING,
         what="New keys are written one slot too early, over the last cached token.",
         why="The next free slot is number length.",
         shows="Only from the second call on.", fix="Slots length … length + T − 1.",
         seen="Integral2u/SharpMind#57 (the same seam)",
     ),
     entry(
-        "cache-growth-loses", MODELS, (Swap(WRITE, grown_empty),), DECODING,
+        "cache-growth-loses", CACHING, (Swap(WRITE, grown_empty),), DECODING,
         what="When the buffer grows, what it held is not copied.",
         why="It is still needed.", shows="Only when the buffer grows.", fix="Copy the old slots.",
     ),
     entry(
-        "chunk-tokens-skipped", MODELS, (Swap(WRITE, last_not_stored),), ("cache.prefill_decode", "cache.chunks"),
+        "chunk-tokens-skipped", CACHING, (Swap(WRITE, last_not_stored),), ("cache.prefill_decode", "cache.chunks"),
         what="The last token of a chunk is not stored: the loop runs over whole blocks only.",
         why="Every token is part of the text.",
         shows="Only chunks of more than one token; a test by whole blocks does not see it.",
@@ -390,7 +391,7 @@ MISTAKES = (
         seen="Integral2u/SharpMind#57, cactus#716",
     ),
     entry(
-        "cache-low-precision", MODELS, (Swap(WRITE, only_in_float16),), DECODING,
+        "cache-low-precision", CACHING, (Swap(WRITE, only_in_float16),), DECODING,
         what="The cache is float16 whatever the model is.",
         why="Decoding then differs from the full forward by float16's rounding.",
         shows="5e-4 while decoding; nothing in float16.", fix="Keep the model's dtype, or say so.",
@@ -404,7 +405,7 @@ MISTAKES = (
         seen="NVIDIA/FasterTransformer#270 (in cross attention)",
     ),
     entry(
-        "cache-shared-by-layers", MODELS, (Swap(CACHE, one_layer_for_all),), DECODING,
+        "cache-shared-by-layers", CACHING, (Swap(CACHE, one_layer_for_all),), DECODING,
         what="[LayerCache()] * n is one cache: each layer overwrites what the one before it wrote.",
         why="Every layer has keys of its own.",
         shows="Only from the second call on; nothing with one layer.", fix="[LayerCache() for _ in range(n)].",

@@ -18,8 +18,8 @@ TABLE = "reference_impl.nn.absolute_positions:learned_positions"
 LOOKUP = "reference_impl.nn.positions:LearnedPositions.forward"
 STACK = "reference_impl.models.transformer:Stack.embed"
 FORWARD = ("component.outputs", "golden.logits")
-EMBEDDED = ("embedding",)
-SINUSOIDS = ("sinusoidal_positions", "transformer")
+EMBEDDED = ("embedding", "distances")
+SINUSOIDS = ("sinusoidal_positions", "transformer", "transformer_xl")
 
 
 # --- sinusoids --------------------------------------------------------------------------------------------------------

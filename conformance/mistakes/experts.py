@@ -21,6 +21,7 @@ TO_ONE = "reference_impl.nn.switch:route_to_one"
 CAPACITY = "reference_impl.nn.switch:within_capacity"
 FORWARD = ("component.outputs", "golden.logits")
 BOTH = ("sparse_moe", "mixtral")
+SWITCHES = ("switch_ffn", "switch_transformer")
 
 FF = "layers.N.feed_forward."
 LOGITS, WEIGHTS = (FF + "router_logits",), (FF + "routing_weights",)
@@ -552,8 +553,9 @@ def certain(found: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Tensor
 def sent_if(place: Callable[[Tensor, int], Tensor]) -> Callable[..., Any]:
     """1 where place(one-hot choices (B, T, E), C) lets a token through."""
 
-    def within_capacity(chosen: Tensor, num_experts: int, expert_capacity: int) -> Tensor:
+    def within_capacity(chosen: Tensor, num_experts: int, expert_capacity: int, counted: Any = None) -> Tensor:
         wanted = F.one_hot(chosen, num_experts)
+        wanted = wanted if counted is None else wanted * counted[..., None]
         return wanted * place(wanted, expert_capacity)
 
     return instead(within_capacity)
@@ -592,8 +594,8 @@ def second_best(router_logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def switch(identifier: str, what: str, why: str, shows: str, fix: str, seen: str, *swaps: Swap) -> Mistake:
     return Mistake(
-        id=identifier, families=("switch_ffn",), what=what, why=why, shows=shows, fix=fix, seen=seen, swaps=swaps,
-        killed_by=("component.outputs",),
+        id=identifier, families=("switch_ffn",) if swaps[0].target == SWITCH else SWITCHES, what=what, why=why,
+        shows=shows, fix=fix, seen=seen, swaps=swaps, killed_by=FORWARD, touches=ROUTED,
     )  # fmt: skip
 
 

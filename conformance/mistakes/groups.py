@@ -6,5 +6,7 @@ GPTS = ("gpt", "gpt2", "gpt3")
 TURNING = (*LLAMAS, "phi")
 DECODERS = (*GPTS, *TURNING)
 MODELS = ("transformer", *DECODERS)
+# Models with attention weights of their own making: relative positions, T5's blocks.
+OTHERS = ("transformer_xl", "switch_transformer")
 # Models whose keys are seen through a sliding window in some case.
 WINDOWED = ("mistral", "mixtral", "gpt3")

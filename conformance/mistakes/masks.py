@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conformance.mistakes import Mistake, Swap
 from conformance.mistakes.attention import ALL, FORWARD, WEIGHED, WEIGHTS, softmax
-from conformance.mistakes.groups import DECODERS, GPTS, MODELS, TURNING, WINDOWED
+from conformance.mistakes.groups import DECODERS, GPTS, MODELS, OTHERS, TURNING, WINDOWED
 from conformance.mistakes.making import after, each, instead
 from reference_impl.nn import masks
 from reference_impl.nn.masks import Tokens
@@ -25,7 +25,7 @@ PADDING_MODELS = ("multi_head_attention", *MODELS)
 EMBEDDED = ("embedding",)
 TURNED = ("layers.N.attention.query_rotated", "layers.N.attention.key_rotated")
 PLACED = (*EMBEDDED, *TURNED)
-CAUSAL_FAMILIES = (*ALL, "relative_attention")
+CAUSAL_FAMILIES = (*ALL, "relative_attention", *OTHERS)
 
 
 # --- the causal mask --------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ _CAUSAL = (
     ),
     Mistake(
         id="chunk-mask-dropped",
-        families=MODELS,
+        families=(*MODELS, "switch_transformer"),
         what='No causal mask where the cache is not empty, since "decoding feeds one token".',
         why="A chunk of several tokens needs its triangle.",
         shows="Only chunks of more than one token onto a cache that is not empty.",
@@ -181,7 +181,7 @@ _CAUSAL = (
     ),
     Mistake(
         id="chunk-ignores-cache",
-        families=MODELS,
+        families=(*MODELS, "switch_transformer"),
         what="A chunk of several tokens attends to itself only, as a first chunk would.",
         why="What was fed before is part of the text.",
         shows="Only chunks of more than one token onto a cache that is not empty.",
@@ -266,7 +266,7 @@ def masks_added() -> tuple[Swap, ...]:
 _PADDING = (
     Mistake(
         id="mask-bool-polarity",
-        families=MODELS,
+        families=(*MODELS, "switch_transformer", "rnn_search", "gnmt"),
         what="Reads the attention mask the other way round: 1 is padding.",
         why="Hugging Face and SDPA mean 1 (True) = real; nn.MultiheadAttention's key_padding_mask means the reverse.",
         shows="Nothing without a mask; with one of all ones no token sees anything.",

@@ -13,8 +13,8 @@ from reference_impl.nn import norm
 
 RMS = "reference_impl.nn.norm:rms_norm"
 LAYER = "reference_impl.nn.norm:layer_norm"
-RMS_FAMILIES = ("rms_norm", *LLAMAS)
-LAYER_FAMILIES = ("layer_norm", "add_and_norm", "transformer", *GPTS, "phi")
+RMS_FAMILIES = ("rms_norm", *LLAMAS, "switch_transformer")
+LAYER_FAMILIES = ("layer_norm", "add_and_norm", "transformer", *GPTS, "phi", "transformer_xl")
 FORWARD = ("component.outputs", "golden.logits")
 NORMS = (
     "layers.N.norm", "layers.N.attention.norm", "layers.N.feed_forward.norm", "layers.N.attention.output_norm",

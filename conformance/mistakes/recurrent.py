@@ -413,12 +413,12 @@ _STATES = (
 def over_the_padding(original: Callable[..., Any]) -> Callable[..., Any]:
     """The reverse direction runs from the end of the batch, pads included."""
 
-    def scan(step: Step, x: Tensor, state: State, weights: Any, lengths: Any, *, reverse: bool) -> Any:
-        if not reverse or lengths is None:
-            return original(step, x, state, weights, lengths, reverse=reverse)
+    def scan(step: Step, x: Tensor, state: State, weights: Any, real: Any, *, reverse: bool) -> Any:
+        if not reverse or real is None:
+            return original(step, x, state, weights, real, reverse=reverse)
         outputs, final, gates = original(step, x, state, weights, None, reverse=True)
-        real = (torch.arange(x.shape[1]) < lengths[:, None])[..., None]
-        return torch.where(real, outputs, 0.0), final, {n: torch.where(real, g, 0.0) for n, g in gates.items()}
+        kept = real[..., None]
+        return torch.where(kept, outputs, 0.0), final, {n: torch.where(kept, g, 0.0) for n, g in gates.items()}
 
     return scan
 
@@ -426,8 +426,8 @@ def over_the_padding(original: Callable[..., Any]) -> Callable[..., Any]:
 def left_reversed(original: Callable[..., Any]) -> Callable[..., Any]:
     """The reverse direction's outputs stay in the order in which they were computed."""
 
-    def scan(step: Step, x: Tensor, state: State, weights: Any, lengths: Any, *, reverse: bool) -> Any:
-        outputs, final, gates = original(step, x, state, weights, lengths, reverse=reverse)
+    def scan(step: Step, x: Tensor, state: State, weights: Any, real: Any, *, reverse: bool) -> Any:
+        outputs, final, gates = original(step, x, state, weights, real, reverse=reverse)
         return (outputs.flip(1) if reverse else outputs), final, gates
 
     return scan
@@ -448,13 +448,19 @@ def one_weight_for_both(original: Callable[..., Any]) -> Callable[..., Any]:
 def sorted_rows(original: Callable[..., Any]) -> Callable[..., Any]:
     """Rows are sorted by length, and the outputs are not put back."""
 
-    def recurrent(step: Step, x: Tensor, initial: State, weights: Any, layers: int, both: bool, lengths: Any) -> Any:
-        found = original(step, x, initial, weights, layers, both, lengths)
-        if lengths is None:
+    def recurrent(step: Step, x: Tensor, initial: State, weights: Any, layers: int, both: bool, real: Any) -> Any:
+        found = original(step, x, initial, weights, layers, both, real)
+        if real is None:
             return found
-        return found._replace(output=found.output[lengths.argsort(descending=True, stable=True)])
+        order = real.sum(dim=1).argsort(descending=True, stable=True)
+        return found._replace(output=found.output[order])
 
     return recurrent
+
+
+def one_short(real: Tensor) -> Tensor:
+    """The last real position of every row is taken for padding."""
+    return real & (real.cumsum(dim=1) < real.sum(dim=1, keepdim=True))
 
 
 def through_pads(original: Callable[..., State]) -> Callable[..., State]:
@@ -485,7 +491,7 @@ _DIRECTIONS = (
     ),
     entry(
         "rnn-length-one-short", ALL,
-        Swap(REAL, lambda original: lambda t, lengths: original(t, None if lengths is None else lengths - 1)),
+        Swap(REAL, lambda original: lambda t, real: original(t, None if real is None else one_short(real))),
         what="A row's last real step is taken for padding.", why="Positions 0 … length − 1 are real.",
         shows="Only where lengths are given.", fix="t < length.",
     ),

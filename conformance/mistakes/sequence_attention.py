@@ -17,10 +17,12 @@ VECTOR = "reference_impl.nn.sequence_attention:attentional_vector"
 PART = "reference_impl.nn.sequence_attention:"
 RELATIVE = "reference_impl.nn.relative_attention:"
 BOTH = ("additive_attention", "luong_attention")
+CHECKS = ("component.outputs", "golden.logits", "golden.left_padding", "golden.right_padding")
+STEPS = ("steps.N.attention.scores", "steps.N.attention.weights", "steps.N.attention.context")
 
 
 def entry(identifier: str, families: tuple[str, ...], *swaps: Swap, **text: Any) -> Mistake:
-    more = {"seen": "common knowledge", "killed_by": ("component.outputs",)} | text
+    more = {"seen": "common knowledge", "killed_by": CHECKS, "touches": STEPS} | text
     return Mistake(id=identifier, families=families, swaps=swaps, **more)
 
 
@@ -165,18 +167,18 @@ def context_alone(original: Callable[..., Any], given: dict[str, Any]) -> Any:
 
 _RECURRENT = (
     entry(
-        "s2s-no-source-mask", BOTH, Swap(SOFTMAX, lambda original: lambda scores, mask: original(scores, None)),
+        "s2s-no-source-mask", (*BOTH, "rnn_search", "gnmt"), Swap(SOFTMAX, lambda original: lambda scores, mask: original(scores, None)),
         what="The softmax runs over the source's padding too.", why="Pads are no input.",
         shows="Only in sources shorter than the longest.", fix="−∞ at pads, before the softmax.",
         seen="tensorflow#512, tensorflow#43941, pytorch/tutorials#593",
     ),
     entry(
-        "s2s-mask-after-softmax", BOTH, Swap(SOFTMAX, instead(masked_after)),
+        "s2s-mask-after-softmax", (*BOTH, "rnn_search", "gnmt"), Swap(SOFTMAX, instead(masked_after)),
         what="Weights of pads are set to 0 after the softmax, and the others are not normalised again.",
         why="A step's weights sum to 1.", shows="Only in short sources; sums below 1.", fix="Mask the scores.",
     ),
     entry(
-        "s2s-pads-scored-zero", BOTH, Swap(SOFTMAX, instead(padding_as_zero)),
+        "s2s-pads-scored-zero", (*BOTH, "rnn_search", "gnmt"), Swap(SOFTMAX, instead(padding_as_zero)),
         what="Scores of pads are 0.", why="exp(0) = 1: they keep a weight.", shows="Only in short sources.", fix="−∞.",
         seen="transformers#382 (fills that are too small)",
     ),
@@ -324,32 +326,39 @@ def memory_forgotten(original: Callable[..., Any]) -> Callable[..., Any]:
     return relative_attention
 
 
+def both(identifier: str, *swaps: Swap, **text: Any) -> Mistake:
+    """In the component and in the model."""
+    more = {"killed_by": ("component.outputs", "golden.logits"), "touches": SCORES} | text
+    return entry(identifier, ("relative_attention", "transformer_xl"), *swaps, **more)
+
+
 def relative(identifier: str, *swaps: Swap, **text: Any) -> Mistake:
     return entry(identifier, ("relative_attention",), *swaps, **text)
 
 
+SCORES = ("layers.N.attention.content_scores", "layers.N.attention.position_scores", "layers.N.attention.weights")
 SHIFT = RELATIVE + "relative_shift"
 WHOLE = RELATIVE + "relative_attention"
 
 _RELATIVE = (
-    relative(
+    both(
         "txl-rel-shift-slice", Swap(SHIFT, instead(cut_at_the_end)),
         what="The padded matrix is cut [:−1] instead of [1:].", why="The first of its new rows is the padding's.",
         shows="2e-5 at tiny weights, large at real scale.", fix="[1:]; test against a double loop.",
         seen="labmlai/annotated_deep_learning_paper_implementations#185, #218",
     ),
-    relative(
+    both(
         "txl-rel-shift-missing", Swap(SHIFT, instead(lambda x: x)),
         what="Scores by distance are used as scores by key.", why="Row i must move by T − 1 − i.",
         shows="Only the last row is right.", fix="Shift.",
         seen="labmlai/annotated_deep_learning_paper_implementations#185",
     ),
-    relative(
+    both(
         "txl-rel-shift-padded-behind", Swap(SHIFT, instead(padded_behind)),
         what="The column of zeros is put behind the scores instead of in front.", why="In front.",
         shows="Everywhere but in single rows.", fix="pad(x, (1, 0)).", seen="kimiyoung/transformer-xl#132",
     ),
-    relative(
+    both(
         "txl-distances-rising", Swap(RELATIVE + "position_scores", rising),
         what="Distances run from 0 upwards where the shift expects them to fall.",
         why="The first column is distance S − 1.",
@@ -365,15 +374,15 @@ _RELATIVE = (
         what="One bias serves both.", why="There are two.", shows="Nothing while they agree.", fix="u and v.",
         seen="dmlc/gluon-nlp#846 (which parameters are shared)",
     ),
-    relative(
+    both(
         "txl-u-missing", Swap(RELATIVE + "content_scores", unbiased),
         what="u is left out.", why="Term (c) is u · W_kE E_j.", shows="Nothing while it is 0.", fix="q + u.",
     ),
-    relative(
+    both(
         "txl-v-missing", Swap(RELATIVE + "position_scores", unbiased),
         what="v is left out.", why="Term (d) is v · W_kR R.", shows="Nothing while it is 0.", fix="q + v.",
     ),
-    relative(
+    both(
         "txl-position-not-scaled", Swap(RELATIVE + "position_scores", unscaled_sum),
         what="Content scores are scaled, position scores are not.", why="Their sum is scaled.",
         shows="Everywhere.", fix="(AC + BD) / √Dh.",
