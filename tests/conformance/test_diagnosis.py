@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from candidates import ENTRIES, FIRST_DIVERGENCE, HARMLESS, LAYOUTS, MISTAKES, MORE, SHOWN_BY
 from conformance import check
@@ -13,6 +14,8 @@ from conformance.diagnosis import diagnose, hypotheses
 from conformance.families import get
 from conformance.implementation import adopt
 from conformance.judge import Judge, Result, judge
+from conformance.mistakes import get as get_mistake
+from conformance.mutation import mutant
 from conformance.suite import checks
 
 CASES: dict[str, Case] = {}
@@ -49,7 +52,7 @@ def identifier(result: Result) -> str | None:
 
 
 def test_there_are_enough_mistakes() -> None:
-    assert len({entry for entry in ENTRIES.values()}) >= 40
+    assert len(set(ENTRIES.values())) >= 40
     assert len(RUNS) >= 90
     assert not set(ENTRIES.values()) - {hypothesis.id for hypothesis in hypotheses("llama")}
 
@@ -119,7 +122,11 @@ class WithoutField:
         return LAYOUTS["batch_first"]().load(checkpoint)
 
 
-IGNORED = {"rms_norm_eps": "plain-eps", "rope_theta": "", "rope_scaling": "", "attention_bias": "", "mlp_bias": ""}
+# Field -> the catalogue's entry for it, where it has one.
+IGNORED = {
+    "rms_norm_eps": "field-epsilon-default", "rope_theta": "rope-theta-default",
+    "rope_scaling": "rope-scaling-ignored", "attention_bias": None, "mlp_bias": None,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("field", IGNORED)
@@ -128,9 +135,8 @@ def test_an_ignored_field_is_named(field: str) -> None:
     result = judged(WithoutField(field), "llama/distinct", "golden.logits")
     assert result.diagnosis is not None
     assert result.equals is None
-    entries = {"rms_norm_eps": "field-epsilon-default", "rope_theta": "rope-theta-default", "rope_scaling": "rope-scaling-ignored"}
-    assert result.diagnosis["id"] == entries.get(field, field)
-    assert result.diagnosis["kind"] == ("mistake" if field in entries else "field")
+    assert result.diagnosis["id"] == (IGNORED[field] or field)
+    assert result.diagnosis["kind"] == ("mistake" if IGNORED[field] else "field")
 
 
 @pytest.mark.parametrize("field", ["rope_theta", "rms_norm_eps", "attention_bias", "mlp_bias", "hidden_act-relu"])
@@ -172,6 +178,15 @@ def test_two_mistakes_at_once_are_both_named() -> None:
     assert result.diagnosis["reproduced_to"] <= 1e-9
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("rope-sign", "swiglu-swap"), ("gqa-tile", "norm-used-twice"), ("swiglu-sum", "final-norm-missing")],
+)
+def test_two_mistakes_of_the_catalogue_at_once_are_both_named(first: str, second: str) -> None:
+    result = judged(mutant(get_mistake(first), get_mistake(second)), "llama/distinct", "golden.logits")
+    assert set((identifier(result) or "").split(" and ")) == {first, second}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_mistake_is_named_in_a_working_dtype(dtype: str) -> None:
     result = judged(LAYOUTS["fused_sdpa"](mistake="scale_missing"), "llama/distinct", "golden.logits", dtype)
@@ -193,6 +208,60 @@ def test_a_rounding_error_is_not_taken_for_a_mistake() -> None:
     assert result.outcome == "fail"
     assert result.diagnosis is not None
     assert result.diagnosis["id"] is None
+
+
+def rms_norm_less(mean: float) -> Any:
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x - mean * x.mean(-1, keepdim=True)
+        return x / (x.pow(2).mean(-1, keepdim=True) + eps) ** 0.5 * weight
+
+    return rms_norm
+
+
+def test_a_mistake_near_a_known_one_is_not_called_by_its_name() -> None:
+    assert identifier(judged(rms_norm_less(1.0), "rms_norm/plain", "component.outputs")) == "layernorm-for-rms"
+    near = judged(rms_norm_less(0.999), "rms_norm/plain", "component.outputs").diagnosis
+    assert near is not None
+    assert near["id"] is None
+    assert "near, and not the same: layernorm-for-rms" in near["text"]
+
+
+def test_an_error_below_what_counts_as_reproduced_is_not_reproduced_by_mistakes_that_do_nothing() -> None:
+    class Hardly:
+        name, families = "hardly wrong", frozenset({"llama"})
+
+        def load(self, checkpoint: Any) -> Any:
+            model = LAYOUTS["batch_first"]().load(checkpoint)
+            return lambda input_ids: model(input_ids) * (1 + 5e-10)
+
+    result = judged(Hardly(), "llama/distinct", "golden.logits")
+    assert result.outcome == "fail"
+    assert result.diagnosis is not None
+    assert result.diagnosis["id"] is None
+    assert result.diagnosis["text"].startswith("every value is 1 times the right one")
+
+
+class Losing:
+    """Its loss is computed by a function of logits and labels."""
+
+    name, families = "losing", frozenset({"llama"})
+
+    def load(self, checkpoint: Any) -> Any:
+        model = LAYOUTS["batch_first"]().load(checkpoint)
+
+        def call(input_ids: Tensor, labels: Tensor | None = None) -> Any:
+            logits = model(input_ids)
+            targets = input_ids if labels is None else labels
+            return {
+                "logits": logits,
+                "loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()),
+            }
+
+        return call
+
+
+def test_a_mistake_of_the_loss_is_named() -> None:
+    assert identifier(judged(Losing(), "llama/distinct", "golden.loss")) == "loss-not-shifted"
 
 
 def test_what_was_found_is_tried_first_in_other_claims(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,3 +330,41 @@ def test_a_diagnosis_that_breaks_changes_no_verdict(monkeypatch: pytest.MonkeyPa
     result = check(LAYOUTS["batch_first"](mistake="scale_missing"), "llama/distinct")
     assert (result.outcome, result.diagnosis) == ("fail", None)
     assert result.notes == ["not diagnosed: RuntimeError: no"]
+
+
+# --- components -------------------------------------------------------------------------------------------------------
+
+
+def component_mistakes() -> dict[tuple[str, str, str], Any]:
+    """Wrong functions of other tests whose name is that of an entry: family, entry, case -> function."""
+    import test_component_mistakes_attention as attention
+    import test_component_mistakes_experts as experts
+    import test_component_mistakes_pointwise as pointwise
+    import test_component_mistakes_positions as positions
+
+    tables: dict[str, Any] = {
+        "multi_head_attention": attention.MULTI_HEAD, "relative_attention": attention.RELATIVE,
+        "sparse_moe": experts.MIXTRAL, "switch_ffn": experts.SWITCH, "layer_norm": pointwise.LAYER_NORM,
+        "feed_forward": pointwise.FEED_FORWARD, "swiglu": pointwise.SWIGLU, "rotary": positions.ROTARY,
+        "sinusoidal_positions": positions.SINUSOID,
+    }  # fmt: skip
+    return {
+        (family, name, f"{family}/{where}"): function
+        for family, table in tables.items()
+        for name, (function, where) in table.items()
+        if name in {hypothesis.id for hypothesis in hypotheses(family)}
+    }
+
+
+# The same mistake in words, made in another way than by the entry.
+MADE_OTHERWISE = {"gqa-kv-index", "route-weights-unused", "switch-capacity-scope"}
+
+
+def test_mistakes_of_components_are_named() -> None:
+    wrong = component_mistakes()
+    said = {run: judged(function, run[2], "component.outputs") for run, function in wrong.items()}
+    named = {run: identifier(result) or result.equals for run, result in said.items()}
+    missed = {run: name for run, name in named.items() if name != run[1] and said[run].equals is None}
+    assert len(named) >= 20
+    assert set(missed.values()) <= {None}, missed
+    assert {run[1] for run in missed} <= MADE_OTHERWISE, missed
