@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--profile", choices=PROFILES, default=DEFAULT_PROFILE)
     parser.add_argument("--family", action="append", default=[])
+    parser.add_argument("--dtype", help="only claims in this dtype")
     parser.add_argument("--by-check", action="store_true", help="print where the time goes")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -78,6 +79,7 @@ def main() -> None:
 def count_alarms(implementation: Implementation, asked: argparse.Namespace) -> int:
     """Put every claim to the implementation, seed after seed; returns how many alarms there were."""
     claimed, functions = property_claims(implementation, asked.family), checks()
+    claimed = [claim for claim in claimed if asked.dtype in (None, claim.dtype)]
     judges: dict[tuple[str, str], Judge] = {}
     outcomes: Counter[str] = Counter()
     seconds: defaultdict[str, float] = defaultdict(float)

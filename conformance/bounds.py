@@ -65,6 +65,20 @@ def _ratio(difference: float, scale: float) -> float:
     return 0.0 if difference == 0 else float("inf")
 
 
+def same_bits(a: "Tensor", b: "Tensor") -> bool:
+    """Whether two tensors are equal in shape, dtype and every bit: NaN equals itself, 0 is not −0."""
+    import torch
+
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return torch.equal(*(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
+
+
+def identical(got: "Tensor", wanted: "Tensor") -> "Judgement":
+    """Judge whether two tensors have the same bits, where arithmetic is the same and nothing is to be tolerated."""
+    return Judgement(same_bits(got, wanted), measure(got, wanted), Error(0.0, 0.0), None)
+
+
 @dataclass(frozen=True)
 class Judgement:
     """What a comparison came to: passed or not, the errors, the bound, and in the working tier the ratios."""

@@ -5,7 +5,8 @@ An implementation is any object with `name`, `families` and `load(checkpoint)`; 
 (batch, seq, vocab), or a dict with "logits" and optionally those of `LOSSES`.  Only arguments that it declares are
 passed.  An encoder–decoder model takes `decoder_input_ids`, and perhaps `decoder_attention_mask`, too: its logits
 belong to these.
-Optional attributes, each declared by its presence: `session(**source)`, `packed(input_ids, lengths)`, `parameters`.
+Optional attributes, each declared by its presence: `session(**source)`, `packed(input_ids, lengths)`, `parameters`,
+`partitioned(stages)`.
 """
 
 import copy
@@ -29,9 +30,14 @@ if TYPE_CHECKING:
 
     from conformance.cases import Case
 
+_PARTITION = "conformance.implementations.partition"
 BUILT_IN = {
     "reference": ("conformance.implementations.reference", "this project's own from-scratch PyTorch models"),
     "reference-sdpa": ("conformance.implementations.reference", "the same through PyTorch's fused attention"),
+    "reference-pipeline-2": (_PARTITION, "the same, its blocks shared out to 2 processes"),
+    "reference-pipeline-3": (_PARTITION, "the same, its blocks shared out to 3 processes"),
+    "reference-tensor-parallel-2": (_PARTITION, "the same, each of its projections cut over 2 processes"),
+    "reference-tensor-parallel-3": (_PARTITION, "the same, each of its projections cut over 3 processes"),
     "hf": ("conformance.implementations.hf", "the installed Hugging Face transformers, eager attention"),
     "hf-sdpa": ("conformance.implementations.hf", "the installed Hugging Face transformers, SDPA attention"),
 }
@@ -299,6 +305,17 @@ class Candidate:
         with running("model.packed(…)"):
             returned = self.model.packed(input_ids.clone().to(self.device), lengths.clone().to(self.device))
         return self._normalise(returned, tuple(input_ids.shape)).logits
+
+    def partitioned(self, stages: int) -> "Candidate":
+        """The same model, its blocks shared out to so many processes.
+
+        Raises: Unsupported if the model has no `partitioned`.
+        """
+        if not hasattr(self.model, "partitioned"):
+            raise Unsupported("the model has no partitioned()")
+        with running("model.partitioned(…)"):
+            model = self.model.partitioned(stages)
+        return Candidate(model, self.dtype, self.device, self.vocab)
 
     def _normalise(self, returned: Any, shape: tuple[int, ...]) -> Output:
         import torch

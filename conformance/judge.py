@@ -201,12 +201,12 @@ class Judge:
         """Put all of these examples to a property; see `search.each`."""
         search.each(self, examples, test)
 
-    def same(
-        self, got: Tensor, other: Tensor, what: str, *, real: Tensor | None = None, scale: bounds.Error | None = None
-    ) -> None:
+    def same(self, got: Tensor, other: Tensor, what: str, *, real: Tensor | None = None) -> None:
         """Compare two of the candidate's own runs that must agree.
 
-        In a working dtype each is allowed its own error, and so their difference twice that.
+        In a working dtype each is allowed five times the oracle's largest error in this case, and so their difference
+        twice that.  The RMS, an average over the rows of the case, says nothing of a few rows: one alone may be off by
+        several times as much.
         what: the values and what they must agree with, for the message: "logits of row 1 alone differ from …".
         Raises: Misbehaviour for NaN or infinity, Failure beyond the bound.
         """
@@ -216,7 +216,7 @@ class Judge:
         kept, kept_other = (got, other) if real is None else (got[real], other[real])
         if not (kept.isfinite().all() and kept_other.isfinite().all()):
             raise Misbehaviour("not finite", f"{what}: there are NaN or infinite values")
-        judgement = self._between(kept, kept_other, scale)
+        judgement = self._between(kept, kept_other)
         if self.worst is None or judgement.error.max > self.worst.error.max:
             self.worst = judgement
         if not judgement.passed:
@@ -227,10 +227,16 @@ class Judge:
         got, other = (value.detach().to(device="cpu", dtype=torch.float64) for value in (got, other))
         return not self._between(got, other).passed
 
-    def _between(self, got: Tensor, other: Tensor, scale: bounds.Error | None = None) -> bounds.Judgement:
+    def _between(self, got: Tensor, other: Tensor) -> bounds.Judgement:
         stored = self.case.oracle_error("logits", self.dtype)
-        oracle = bounds.Error(2 * stored["max"], 2 * stored["rms"]) if stored else None
-        return bounds.within(bounds.measure(got, other, scale), self.dtype, oracle)
+        if stored is None:
+            return bounds.within(bounds.measure(got, other), self.dtype)
+        # The noise is known relative to the case's logits: rows whose own are small do not have less of it.
+        size = max(bounds.magnitude(values).max for values in (other, self.case.expected["logits"]))
+        noise = 2 * stored["max"]
+        # The limit by RMS is put where that by maximum is: it then decides nothing.
+        oracle = bounds.Error(noise, noise * bounds.MAX_RATIO / bounds.RMS_RATIO)
+        return bounds.within(bounds.measure(got, other, bounds.Error(size, size)), self.dtype, oracle)
 
     def compare(
         self,
@@ -276,6 +282,20 @@ class Judge:
                 None,
             )
             raise Failure(f"{what} differ from the oracle's", judgement, _where(got, truth, real, judgement), equals)
+
+    def identical(self, got: Tensor, wanted: Tensor, what: str) -> None:
+        """Compare two of the candidate's own answers, bit for bit.
+
+        Raises: Misbehaviour if they differ in shape or dtype, Failure if they differ in a bit.
+        """
+        if (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
+            raise Misbehaviour("shape", f"{what} are {tuple(got.shape)} in {got.dtype}, "
+                               f"wanted {tuple(wanted.shape)} in {wanted.dtype}")  # fmt: skip
+        judgement = bounds.identical(got, wanted)
+        if self.worst is None or judgement.error.max > self.worst.error.max:
+            self.worst = judgement
+        if not judgement.passed:
+            raise Failure(f"{what} differ from one process's", judgement, [], None)
 
 
 def judge(check: Callable[[Judge], None], claim: Claim, prepare: Callable[[], Judge]) -> Result:

@@ -57,7 +57,8 @@ tries at most, and reported as `crash` or `timeout` with the same kind of comman
 example after a third of `--timeout`; the claim then notes how many were run.
 
 Bounds are those of the goldens ([bounds](bounds.md)): in float64 two runs may differ by 1e-10 of the values' own scale;
-in a working dtype each is allowed the oracle's own error in that case, and so their difference twice that. A value
+in a working dtype each is allowed five times the oracle's largest error in that case, and so their difference twice
+that (no limit by RMS: it is an average over a case, and one row alone may be off by several times as much). A value
 *moves* when it differs by more. What must be 0 is compared with 0, and what must repeat, bit by bit. Gradients are
 compared with central differences D(h) of checkpoints that are loaded anew; they may differ by |D(2h) − D(h)|, three
 times what the h² terms leave, and by 1e-10 of the loss divided by h.

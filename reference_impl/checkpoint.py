@@ -5,7 +5,7 @@ together. The model is built on the meta device, without memory, and its paramet
 peak is hardly more than the size of the weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -119,11 +119,21 @@ def _require_as_many_tensors(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def load_weights(
-    model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    model: nn.Module,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    wanted: Callable[[str], bool] = lambda name: True,
+    place: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> None:
     """Fills every parameter of `model` from the files of a checkpoint directory; `dtype` None: as stored.
 
     A parameter with several names (a tied output projection) may be stored under one of them, or equal under several.
+
+    Args:
+        wanted: whether a parameter of this name is to be filled; the files must hold the others, which are not read.
+        place: name and value of a parameter → what the model gets of it (its part of a tensor-parallel model).
 
     Raises:
         CheckpointError: a file or tensor is missing, unreadable, unexpected, misshapen, or not where the index says.
@@ -133,9 +143,12 @@ def load_weights(
     stored = with_model_names(find_tensors(path), {name for names in parameters for name in names})
     _require_match(path, parameters, stored)
     for names, parameter in parameters.items():
+        if not any(wanted(name) for name in names):
+            continue
         tensor, *others = (stored[name].read(dtype=dtype, device=device) for name in names if name in stored)
         if not all(torch.equal(tensor, other) for other in others):
             raise CheckpointError(path, [f"{' and '.join(names)} are one parameter, but differ in the files"])
+        tensor = place(names[0], tensor)
         if isinstance(parameter, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
         _set_tensor(model, names, tensor)

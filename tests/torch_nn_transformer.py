@@ -20,7 +20,7 @@ MISTAKES: dict[str, tuple[str, str | None]] = {
     "no_causal_mask": ("golden.logits", "decoder.layers.0.attention.scores"),
     "unscaled_embedding": ("golden.logits", None),
     "alternating_positions": ("golden.logits", None),
-    "heads_of_the_encoder": ("golden.logits", "decoder.layers.0.attention.scores"),
+    "heads_of_the_encoder": ("golden.logits", "decoder.layers.0.attention.context"),
     "no_logits_bias": ("golden.logits", "logits"),
     "head_is_the_embedding": ("golden.logits", "logits"),
     "padding_of_the_source_attended": ("golden.left_padding", None),

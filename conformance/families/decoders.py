@@ -34,6 +34,9 @@ FULL: Claims = MODEST | {
 # What a case with more tokens than two of its windows claims beside; no dtype decides it.
 CONSTANT_STATE: Claims = {"cache.constant_state": ("float32",)}
 
+# What one case of the family claims beside, the one with the most blocks.
+PARTITION: Claims = {"partition.bit_equal": ("float64", "float32")}
+
 
 def without(claims: Claims, *checks: str) -> Claims:
     return {check: dtypes for check, dtypes in claims.items() if check not in checks}

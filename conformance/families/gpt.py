@@ -6,7 +6,7 @@ Oracle: `OpenAIGPTLMHeadModel` of Hugging Face transformers at true double preci
 from typing import TYPE_CHECKING, Any
 
 from conformance.families import Config, ConfigField, Family, Recipe, gpt_blocks
-from conformance.families.decoders import FULL, MODEST, field_case, without
+from conformance.families.decoders import FULL, MODEST, PARTITION, field_case, without
 from conformance.families.properties import Properties
 from conformance.probes import ProbeSpec
 
@@ -97,7 +97,7 @@ def _recipes() -> tuple[Recipe, ...]:
             weights="gpt/deep",
             batch=3,
             seq=23,
-            claims=MODEST,
+            claims=MODEST | PARTITION,
         ),
         _field("layer_norm_epsilon", "layer_norm_epsilon", {"layer_norm_epsilon": 0.05}),
         Recipe(

@@ -9,7 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from conformance.families import Config, ConfigField, Family, Recipe, gpt_blocks
-from conformance.families.decoders import FULL, MODEST, field_case, without
+from conformance.families.decoders import FULL, MODEST, PARTITION, field_case, without
 from conformance.families.properties import Properties, Twins
 from conformance.probes import ProbeSpec
 
@@ -130,7 +130,7 @@ def _recipes() -> tuple[Recipe, ...]:
             weights="gpt3/deep",
             batch=3,
             seq=23,
-            claims=MODEST,
+            claims=MODEST | PARTITION,
         ),
         Recipe(
             name="gpt3/dense",

@@ -16,6 +16,7 @@ from conformance.families import Config, ConfigField, Family, Recipe, llama_like
 from conformance.families.decoders import (
     FULL,
     MODEST,
+    PARTITION,
     block_checkpoint,
     field_case,
     kernel_probes,
@@ -135,7 +136,7 @@ def _recipes() -> tuple[Recipe, ...]:
             summary="everything at once: all sizes different, 2 of 5 experts, a window, grouped queries, scaling",
             config=distinct,
             weights="mixtral/distinct",
-            claims=_FULL | {"golden.auxiliary_losses": ("float64",)},
+            claims=_FULL | PARTITION | {"golden.auxiliary_losses": ("float64",)},
             store=frozenset({"probes", "gradients", "blocks", "positions", "loss", "auxiliary"}),
             counterfactuals={"sliding_window ignored": distinct | {"sliding_window": None}},
         ),

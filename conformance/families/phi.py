@@ -11,6 +11,7 @@ from conformance.families import Config, ConfigField, Family, Recipe
 from conformance.families.decoders import (
     FULL,
     MODEST,
+    PARTITION,
     WORKING,
     block_checkpoint,
     field_case,
@@ -132,7 +133,7 @@ def _recipes() -> tuple[Recipe, ...]:
             weights="phi/distinct",
             batch=3,
             seq=9,
-            claims=FULL,
+            claims=FULL | PARTITION,
             store=frozenset({"probes", "gradients", "blocks", "positions", "loss"}),
             counterfactuals={"GELU in its tanh form": distinct | {"hidden_act": "gelu_new"}},
         ),

@@ -30,6 +30,7 @@ class Reference:
     def __init__(self, attention: Literal["eager", "sdpa"]):
         self.attention = attention
         self.name = f"reference_impl, {attention}"
+        self.pipelines: dict[int, Any] = {}  # their processes serve all checkpoints
 
     def load(self, checkpoint: Any) -> Any:
         from reference_impl.checkpoint import load_model
@@ -38,9 +39,19 @@ class Reference:
             return self._component(name, checkpoint)
         if "tokenizer" in checkpoint.config:
             return self._tokenizer(checkpoint)
-        return adapted(
+        model = adapted(
             load_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device, attention=self.attention)
         )
+        if isinstance(model, Model):
+            model.partitioned = lambda stages: self._pipeline(stages).load(checkpoint)
+        return model
+
+    def _pipeline(self, stages: int) -> Any:
+        from conformance.implementations.partition import pipeline
+
+        if stages not in self.pipelines:
+            self.pipelines[stages] = pipeline(stages, self.attention)
+        return self.pipelines[stages]
 
     def _tokenizer(self, checkpoint: Any) -> Any:
         from reference_impl.tokenizer import load_tokenizer
@@ -63,6 +74,8 @@ def adapted(model: torch.nn.Module) -> "Model | EncoderDecoderModel | SegmentMod
 
 class Model:
     """A decoder-only model behind the contract, with its loss."""
+
+    partitioned: Callable[[int], Any]
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.session = model, model.session

@@ -9,20 +9,25 @@ from torch import Tensor
 from conformance.mistakes import Mistake, Swap
 from conformance.mistakes.attention import WEIGHED
 from conformance.mistakes.groups import DECODERS, MODELS, TURNING
+from conformance.mistakes.making import each
 from conformance.mistakes.rotary import TURNED
 from reference_impl.nn import rotary
+from reference_impl.nn.masks import Tokens
 
-APPEND = "reference_impl.nn.kv_cache:LayerCache.append"
+APPENDS = ("reference_impl.nn.kv_cache:ContiguousLayer.append", "reference_impl.nn.rolling_cache:RollingLayer.append")
 WRITE = "reference_impl.nn.kv_cache:write"
 EXTENDED = "reference_impl.nn.kv_cache:KVCache.extended"
 CACHE = "reference_impl.nn.kv_cache:KVCache.__init__"
 SESSION = "reference_impl.nn.kv_cache:Session.__init__"
-VISIBLE = "reference_impl.nn.masks:visible_keys"
+ROWS = "reference_impl.nn.masks:visible_in_rows"
+ROLLING = "reference_impl.nn.rolling_cache:RollingCache."
 TABLES = "reference_impl.nn.rotary:tables"
 TURNS = ("reference_impl.nn.attention:GroupedQueryAttention.forward", "reference_impl.models.phi:PhiAttention.forward")
 
 DECODING = ("cache.prefill_decode", "cache.one_by_one", "cache.chunks")
 ANY = (*DECODING, "cache.ragged")
+# Families with sessions over a rolling buffer.
+ROLLERS = ("mistral", "mixtral")
 A = "layers.N.attention."
 CACHED = (*TURNED, A + "key", A + "value", A + "scores", A + "context", *WEIGHED)
 Pair = tuple[Tensor, Tensor]
@@ -225,64 +230,92 @@ def slots_lost(when_cached: bool) -> Callable[..., Any]:
     """Keys whose slots this call overwrites are gone before its first queries have seen them."""
 
     def make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def visible_keys(real: Tensor, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
-            mask = original(real, num_queries=num_queries, sliding_window=sliding_window)
-            total = real.shape[1]
-            if sliding_window is not None and num_queries > 1 and (num_queries < total) == when_cached:
-                mask[..., : max(total - sliding_window, 0)] = False
+        def visible_in_rows(tokens: Tokens, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
+            mask = original(tokens, num_queries=num_queries, sliding_window=sliding_window)
+            cached = num_queries < tokens.place.shape[1]
+            if sliding_window is not None and num_queries > 1 and cached == when_cached:
+                last = tokens.place[:, -1:]  # (B, 1)
+                mask = mask & (tokens.place > last - sliding_window)[:, None, None]
             return mask
 
-        return visible_keys
+        return visible_in_rows
 
     return make
 
 
 def only_in_sessions(swap: Swap) -> tuple[Swap, ...]:
-    """The swapped mask is that of calls with a cache."""
+    """The swapped mask is that of calls with a rolling cache."""
     state = {"cached": False}
 
-    def extended(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def noted(self: Any, real: Tensor) -> Tensor:
+    def tokens(original: Callable[..., Tokens]) -> Callable[..., Tokens]:
+        def noted(self: Any, real: Tensor) -> Tokens:
             state["cached"] = True
             return original(self, real)
 
         return noted
 
-    def visible_keys(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def visible_in_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         changed = swap.make(original)
 
-        def chosen(real: Tensor, **sizes: Any) -> Tensor:
+        def chosen(tokens: Tokens, **sizes: Any) -> Tensor:
             cached, state["cached"] = state["cached"], False
-            found: Tensor = (changed if cached else original)(real, **sizes)
+            found: Tensor = (changed if cached else original)(tokens, **sizes)
             return found
 
         return chosen
 
-    return Swap(EXTENDED, extended), Swap(swap.target, visible_keys)
+    return Swap(ROLLING + "tokens", tokens), Swap(swap.target, visible_in_rows)
 
 
-def slot_order() -> tuple[Swap, ...]:
-    """The cached part of the keys comes in the order of slots, and is masked as if it were in that of time."""
-    state: dict[str, int | None] = {"window": None}
+def places(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """The places of the tokens in the slots (B, used), changed."""
 
-    def visible_keys(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def noted(real: Tensor, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
-            state["window"] = sliding_window
-            return original(real, num_queries=num_queries, sliding_window=sliding_window)
+    def make(original: Callable[..., Tokens]) -> Callable[..., Tokens]:
+        def tokens(self: Any, real: Tensor) -> Tokens:
+            found, used = original(self, real), self.used
+            return Tokens(found.real, torch.cat((change(found.place[:, :used]), found.place[:, used:]), dim=1))
 
-        return noted
+        return tokens
 
-    def slots(keys: Tensor, values: Tensor, new: int) -> Pair:
-        window, kept = state["window"], keys.shape[2] - new
-        if window is None or kept <= window:
-            return keys, values
-        return tuple(  # type: ignore[return-value]
-            torch.cat((heads[:, :, : kept - window], heads[:, :, kept - window : kept].roll(kept % window, dims=2),
-                       heads[:, :, kept:]), dim=2)
-            for heads in (keys, values)
-        )  # fmt: skip
+    return make
 
-    return Swap(VISIBLE, visible_keys), Swap(APPEND, returned(slots))
+
+def written(change: Callable[[Any, Any, Any, Any], Any]) -> Callable[..., Any]:
+    """What a call will write, changed: change(cache, rows, columns, slots)."""
+
+    def make(original: Callable[..., Tokens]) -> Callable[..., Tokens]:
+        def tokens(self: Any, real: Tensor) -> Tokens:
+            found = original(self, real)
+            self.writes = change(self, *self.writes)
+            return found
+
+        return tokens
+
+    return make
+
+
+def next_slot(cache: Any, rows: Tensor, columns: Tensor, slots: Tensor) -> Any:
+    return rows, columns, (slots + 1) % cache.slots
+
+
+def by_column(cache: Any, rows: Tensor, columns: Tensor, slots: Tensor) -> Any:
+    """Every call begins at slot 0."""
+    return rows, columns, columns % cache.slots
+
+
+def one_slot_fewer(original: Callable[..., None]) -> Callable[..., None]:
+    def init(self: Any, *, num_hidden_layers: int, sliding_window: int, max_length: int | None = None) -> None:
+        window = max(sliding_window - 1, 1)
+        original(self, num_hidden_layers=num_hidden_layers, sliding_window=window, max_length=max_length)
+
+    return init
+
+
+def one_slot_more(original: Callable[..., None]) -> Callable[..., None]:
+    def init(self: Any, *, num_hidden_layers: int, sliding_window: int, max_length: int | None = None) -> None:
+        original(self, num_hidden_layers=num_hidden_layers, sliding_window=sliding_window + 1, max_length=max_length)
+
+    return init
 
 
 def entry(
@@ -304,33 +337,33 @@ MISTAKES = (
         seen="Lightning-AI/litgpt#1596, EleutherAI/gpt-neox#532", touches=("embedding", *CACHED),
     ),
     entry(
-        "cache-reorder", MODELS, (Swap(APPEND, returned(keys_alone_reversed)),), DECODING,
+        "cache-reorder", MODELS, each(APPENDS, returned(keys_alone_reversed)), DECODING,
         what="Cached keys are reordered (beams, slots, blocks) and values are not.",
         why="They belong together.",
         shows="Only when something moves; here: from the third token on.", fix="Move both.",
         seen="transformers#46612, transformers#34232",
     ),
     entry(
-        "cache-rows-mixed", MODELS, (Swap(APPEND, returned(first_rows)),), DECODING,
+        "cache-rows-mixed", MODELS, each(APPENDS, returned(first_rows)), DECODING,
         what="All rows of a batch get the cached keys and values of its first row.",
         why="Every row has its own text.",
         shows="Only in batches of different rows.", fix="Index the cache by row.",
         seen="transformers#46612 (rows that move)",
     ),
     entry(
-        "cache-values-not-kept", MODELS, (Swap(APPEND, values_of_this_call),), DECODING,
+        "cache-values-not-kept", MODELS, each(APPENDS, values_of_this_call), DECODING,
         what="Keys are cached and values are not.",
         why="Both are needed.", shows="Only from the second call on: scores are right, contexts are not.",
         fix="Cache both.",
     ),
     entry(
-        "cache-written-as-zeros", MODELS, (Swap(APPEND, returned(nothing_kept)),), DECODING,
+        "cache-written-as-zeros", MODELS, each(APPENDS, returned(nothing_kept)), DECODING,
         what="What is read back is the empty buffer: writing went to a copy.",
         why="x[index] with a list, .to(device), .contiguous() copy.",
         shows="Only from the second call on.", fix="Write into the buffer itself, and test that it changed.",
     ),
     entry(
-        "cache-new-keys-first", MODELS, (Swap(APPEND, returned(newest_first)),), ("cache.chunks",),
+        "cache-new-keys-first", MODELS, each(APPENDS, returned(newest_first)), ("cache.chunks",),
         what="New keys are put before the cached ones: cat((new, past)).",
         why="The mask counts from the past.",
         shows="Nothing when a single token is decoded without padding, since it sees all; chunks are wrong.",
@@ -397,7 +430,7 @@ MISTAKES = (
         seen="fla-org/flash-linear-attention#766",
     ),
     entry(
-        "rolling-write-before-read", ("mistral", "mixtral"), (Swap(VISIBLE, slots_lost(when_cached=True)),),
+        "rolling-write-before-read", ROLLERS, (Swap(ROWS, slots_lost(when_cached=True)),),
         ("cache.chunks",),
         what="A chunk overwrites the slots whose keys its first queries still need.",
         why="With w slots and n new tokens, the oldest of w + n − 1 keys are gone.",
@@ -406,8 +439,8 @@ MISTAKES = (
         seen="pytorch/executorch#20346, transformers#30642 (review)",
     ),
     entry(
-        "prefill-longer-than-window", ("mistral", "mixtral"),
-        only_in_sessions(Swap(VISIBLE, slots_lost(when_cached=False))), ("cache.prefill_decode",),
+        "prefill-longer-than-window", ROLLERS,
+        only_in_sessions(Swap(ROWS, slots_lost(when_cached=False))), ("cache.prefill_decode",),
         what="Of a prompt longer than the window only the last w keys are kept before its queries attend.",
         why="The earlier queries have nothing to see.",
         shows="Only prompts longer than the window; zeros or NaN in their first rows.",
@@ -415,11 +448,40 @@ MISTAKES = (
         seen="transformers#30642, mlxcel#413, mlxcel#418",
     ),
     entry(
-        "rolling-slot-order", ("mistral", "mixtral"), slot_order(), ("cache.chunks", "cache.one_by_one"),
+        "rolling-slot-order", ROLLERS, (Swap(ROLLING + "tokens", places(lambda held: held.sort(dim=1).values)),),
+        ("cache.chunks", "cache.prefill_decode"),
         what="The order of slots is taken for the order of time when masks are built.",
         why="After the buffer has wrapped, slot 0 holds a newer key than slot 1.",
         shows="Nothing in one shot, before the wrap, or for a single token that sees the whole buffer.",
         fix="Keep each slot's position, or unroll the buffer.",
         seen="ollama#14912, ollama#15591, mlx-examples#1000",
+    ),
+    entry(
+        "rolling-slot-off-by-one", ROLLERS, (Swap(ROLLING + "tokens", written(next_slot)),), DECODING,
+        what="The token at place i is written to slot i + 1 mod w, and looked for in slot i mod w.",
+        why="Both must agree.", shows="From the second call on, wherever the mask tells slots apart.",
+        fix="Slot i mod w.", seen="mlx-examples#1000 (the same seam)",
+    ),
+    entry(
+        "rolling-restarts-at-slot-0", ROLLERS, (Swap(ROLLING + "tokens", written(by_column)),), DECODING,
+        what="Every call writes from slot 0 on.", why="The buffer goes on where the last call ended.",
+        shows="From the second call on.", fix="Slot = place mod w, places counted over all calls.",
+        seen="VeloxQuant-MLX#389 (places that restart)",
+    ),
+    entry(
+        "rolling-one-slot-fewer", ROLLERS, (Swap(ROLLING + "__init__", one_slot_fewer),), DECODING,
+        what="The buffer has w − 1 slots (\"the query brings its own key\").",
+        why="It is right for single tokens: the query sees w − 1 kept keys and its own.",
+        shows="Nowhere, as long as the mask goes by places: the w-th key back is never needed.", fix="None.",
+        seen="mistral-inference one_file_ref.py (w against w + 1)",
+        equivalent=dict.fromkeys(ROLLERS, "the first query of a call needs the w − 1 keys before it; later ones fewer of "
+                                 "the kept ones"),
+    ),
+    entry(
+        "rolling-one-slot-more", ROLLERS, (Swap(ROLLING + "__init__", one_slot_more),), DECODING,
+        what="The buffer has w + 1 slots.", why="It keeps a key that nothing sees.",
+        shows="Nowhere, as long as the mask goes by places; memory is larger.", fix="None needed.",
+        seen="mistral-inference one_file_ref.py (w against w + 1)",
+        equivalent=dict.fromkeys(ROLLERS, "the mask hides what is w or more places back, wherever it is kept"),
     ),
 )  # fmt: skip

@@ -9,14 +9,16 @@ from torch import Tensor
 from conformance.mistakes import Mistake, Swap
 from conformance.mistakes.attention import ALL, FORWARD, WEIGHED, WEIGHTS, softmax
 from conformance.mistakes.groups import DECODERS, GPTS, MODELS, TURNING, WINDOWED
-from conformance.mistakes.making import after, instead
+from conformance.mistakes.making import after, each, instead
+from reference_impl.nn import masks
+from reference_impl.nn.masks import Tokens
 
 CAUSAL = "reference_impl.nn.masks:causal"
 REAL = "reference_impl.nn.masks:real_tokens"
-VISIBLE = "reference_impl.nn.masks:visible_keys"
-POSITIONS = "reference_impl.nn.masks:positions"
+ROWS = "reference_impl.nn.masks:visible_in_rows"
+POSITIONS = "reference_impl.nn.masks:default_positions"
 RESOLVE = "reference_impl.nn.masks:resolve_positions"
-WINDOW = "reference_impl.nn.masks:within_window"
+CACHES = ("reference_impl.nn.kv_cache:KVCache.tokens", "reference_impl.nn.rolling_cache:RollingCache.tokens")
 
 PADDED = ("component.outputs", "golden.left_padding", "golden.right_padding")
 PADDING_MODELS = ("multi_head_attention", *MODELS)
@@ -29,12 +31,37 @@ CAUSAL_FAMILIES = (*ALL, "relative_attention")
 # --- the causal mask --------------------------------------------------------------------------------------------------
 
 
-def diagonal(shift: int) -> Callable[..., Any]:
+Rule = Callable[[Tensor, Tensor], Tensor]
+
+
+def near(query: Tensor, key: Tensor, width: int) -> Tensor:
+    """The right window."""
+    return key > query - width
+
+
+def seen(
+    order: Rule = lambda query, key: key <= query, window: Callable[[Tensor, Tensor, int], Tensor] = near
+) -> Callable[..., Any]:
+    """Masks by another order, or another window, of the places of query (B, T, 1) and key (B, 1, S)."""
+
+    def visible_in_rows(tokens: Tokens, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
+        query, key = tokens.place[:, tokens.place.shape[1] - num_queries :, None], tokens.place[:, None, :]
+        may_see = order(query, key) & tokens.real[:, None, :]
+        if sliding_window is not None:
+            may_see = may_see & window(query, key, sliding_window)
+        return may_see[:, None]
+
+    return instead(visible_in_rows)
+
+
+def triangles(shift: int) -> tuple[Swap, ...]:
+    """Everywhere a diagonal that is shifted: a query sees the key that stands `shift` behind it."""
+
     def causal(num_queries: int, num_keys: int, device: Any = None) -> Tensor:
         query = torch.arange(num_queries, device=device)[:, None] + num_keys - num_queries
         return torch.arange(num_keys, device=device) <= query + shift
 
-    return causal
+    return Swap(ROWS, seen(lambda query, key: key <= query + shift)), Swap(CAUSAL, instead(causal))
 
 
 def own_and_later(num_queries: int, num_keys: int, device: Any = None) -> Tensor:
@@ -50,23 +77,33 @@ def top_left(num_queries: int, num_keys: int, device: Any = None) -> Tensor:
     return torch.arange(num_keys, device=device) <= torch.arange(num_queries, device=device)[:, None]
 
 
-def only_without_cache(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def causal(num_queries: int, num_keys: int, device: Any = None) -> Tensor:
-        if num_queries < num_keys:
-            return everything(num_queries, num_keys, device)
-        return original(num_queries, num_keys, device)
+def rows_top_left(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def visible_in_rows(tokens: Tokens, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
+        if num_queries == tokens.place.shape[1]:
+            return original(tokens, num_queries=num_queries, sliding_window=sliding_window)
+        return (top_left(num_queries, tokens.place.shape[1]) & tokens.real[:, None, :])[:, None]
 
-    return causal
+    return visible_in_rows
+
+
+def only_without_cache(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def visible_in_rows(tokens: Tokens, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
+        mask = original(tokens, num_queries=num_queries, sliding_window=sliding_window)
+        if num_queries < tokens.place.shape[1]:
+            mask = mask | original(tokens, num_queries=1, sliding_window=sliding_window)  # what the last one sees
+        return mask
+
+    return visible_in_rows
 
 
 def chunk_alone(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def visible_keys(real: Tensor, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
-        mask = original(real, num_queries=num_queries, sliding_window=sliding_window)
+    def visible_in_rows(tokens: Tokens, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
+        mask = original(tokens, num_queries=num_queries, sliding_window=sliding_window).clone()
         if num_queries > 1:
-            mask[..., : real.shape[1] - num_queries] = False
+            mask[..., : tokens.place.shape[1] - num_queries] = False
         return mask
 
-    return visible_keys
+    return visible_in_rows
 
 
 _CAUSAL = (
@@ -78,7 +115,7 @@ _CAUSAL = (
         shows="Every row but the last is wrong; a loss that is too good.",
         fix="Hide triu(diagonal=1), which keeps the diagonal and nothing above.",
         seen="RVC-Boss/GPT-SoVITS#965, pytorch#29546",
-        swaps=(Swap(CAUSAL, instead(diagonal(1))),),
+        swaps=triangles(1),
         killed_by=FORWARD,
         touches=WEIGHED,
     ),
@@ -90,7 +127,7 @@ _CAUSAL = (
         shows="Every row is wrong; the first sees nothing (NaN, or an average).",
         fix="Hide triu(diagonal=1).",
         seen="RVC-Boss/GPT-SoVITS#965, pytorch#29546",
-        swaps=(Swap(CAUSAL, instead(diagonal(-1))),),
+        swaps=triangles(-1),
         killed_by=FORWARD,
         touches=WEIGHED,
     ),
@@ -102,7 +139,7 @@ _CAUSAL = (
         shows="The loss collapses; the last row sees itself only.",
         fix="True, or 0, where key ≤ query.",
         seen="pytorch/examples#649, hkproj/pytorch-transformer#19, rasbt/LLMs-from-scratch#1061",
-        swaps=(Swap(CAUSAL, instead(own_and_later)),),
+        swaps=(Swap(ROWS, seen(lambda query, key: key >= query)), Swap(CAUSAL, instead(own_and_later))),
         killed_by=FORWARD,
         touches=WEIGHED,
     ),
@@ -114,7 +151,7 @@ _CAUSAL = (
         shows="Every row but the last is wrong.",
         fix="Pass the mask, or is_causal, on every path.",
         seen="transformers#48745",
-        swaps=(Swap(CAUSAL, instead(everything)),),
+        swaps=(Swap(ROWS, seen(lambda query, key: key < query + 9999)), Swap(CAUSAL, instead(everything))),
         killed_by=FORWARD,
         touches=WEIGHED,
     ),
@@ -126,7 +163,7 @@ _CAUSAL = (
         shows="Only where 1 ≤ T < S: continuation onto a cache or memory. Agrees whenever a test has T = S.",
         fix="key ≤ query + S − T.",
         seen="meta-llama#899, meta-llama#900, ml-explore/mlx-examples#911, NVIDIA/cudnn-frontend#493",
-        swaps=(Swap(CAUSAL, instead(top_left)),),
+        swaps=(Swap(ROWS, rows_top_left), Swap(CAUSAL, instead(top_left))),
         killed_by=("component.outputs", "cache.chunks", "cache.prefill_decode"),
         touches=WEIGHED,
     ),
@@ -138,7 +175,7 @@ _CAUSAL = (
         shows="Only chunks of more than one token onto a cache that is not empty.",
         fix="Build the mask from T and S on every call.",
         seen="mlxcel#885, mlxcel#891, rMLX#32",
-        swaps=(Swap(CAUSAL, only_without_cache),),
+        swaps=(Swap(ROWS, only_without_cache),),
         killed_by=("cache.chunks",),
         touches=WEIGHED,
     ),
@@ -150,7 +187,7 @@ _CAUSAL = (
         shows="Only chunks of more than one token onto a cache that is not empty.",
         fix="Attend to cached and new keys.",
         seen="mistral-inference one_file_ref.py (the branch positions.shape[0] > 1)",
-        swaps=(Swap(VISIBLE, chunk_alone),),
+        swaps=(Swap(ROWS, chunk_alone),),
         killed_by=("cache.chunks",),
         touches=WEIGHED,
     ),
@@ -167,16 +204,23 @@ def polarity(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return real_tokens
 
 
+def all_real(tokens: Tokens) -> Tokens:
+    """The tokens with their padding taken for real; without a cache they stand where they are stored."""
+    stored = torch.arange(tokens.place.shape[1], device=tokens.place.device).expand_as(tokens.place)
+    alone = bool((tokens.place[:, 0] <= 0).all())
+    return Tokens(torch.ones_like(tokens.real), stored if alone else tokens.place)
+
+
 def padding_seen(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda real, **sizes: original(torch.ones_like(real), **sizes)
+    return lambda tokens, **sizes: original(all_real(tokens), **sizes)
 
 
 def padding_of_queries(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def visible_keys(real: Tensor, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
-        mask = original(torch.ones_like(real), num_queries=num_queries, sliding_window=sliding_window)
-        return mask & real[:, None, real.shape[1] - num_queries :, None]
+    def visible_in_rows(tokens: Tokens, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
+        mask = original(all_real(tokens), num_queries=num_queries, sliding_window=sliding_window)
+        return mask & tokens.real[:, None, tokens.real.shape[1] - num_queries :, None]
 
-    return visible_keys
+    return visible_in_rows
 
 
 def head_major(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -198,10 +242,10 @@ def masks_added() -> tuple[Swap, ...]:
     """The causal and the padding mask are added to the scores one after the other, each as the lowest number."""
     known: dict[str, Tensor] = {}
 
-    def visible_keys(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def noted(real: Tensor, **sizes: Any) -> Tensor:
-            known["causal"], known["real"] = original(torch.ones_like(real), **sizes), real[:, None, None]
-            return original(real, **sizes)
+    def visible_in_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noted(tokens: Tokens, **sizes: Any) -> Tensor:
+            known["causal"], known["real"] = original(all_real(tokens), **sizes), tokens.real[:, None, None]
+            return original(tokens, **sizes)
 
         return noted
 
@@ -216,7 +260,7 @@ def masks_added() -> tuple[Swap, ...]:
 
         return added
 
-    return Swap(VISIBLE, visible_keys), Swap(WEIGHTS, attention_weights)
+    return Swap(ROWS, visible_in_rows), Swap(WEIGHTS, attention_weights)
 
 
 _PADDING = (
@@ -239,7 +283,7 @@ _PADDING = (
         shows="Only in rows shorter than the longest, and with left padding (causal rows never see right padding).",
         fix="causal & real keys.",
         seen="common knowledge",
-        swaps=(Swap(VISIBLE, padding_seen),),
+        swaps=(Swap(ROWS, padding_seen),),
         killed_by=PADDED,
         touches=WEIGHED,
     ),
@@ -251,7 +295,7 @@ _PADDING = (
         shows="Only with left padding, in rows shorter than the longest.",
         fix="mask[:, None, None, :], not mask[:, None, :, None].",
         seen="SeekDeeper#3 (text), common knowledge",
-        swaps=(Swap(VISIBLE, padding_of_queries),),
+        swaps=(Swap(ROWS, padding_of_queries),),
         killed_by=PADDED,
         touches=WEIGHED,
     ),
@@ -344,89 +388,77 @@ _PADDING = (
 # --- positions --------------------------------------------------------------------------------------------------------
 
 
-def slots(real: Tensor, num_queries: int) -> Tensor:
+def slots(tokens: Tokens, num_queries: int) -> Tensor:
     """Index in the row, padding counted, of the last tokens."""
-    return torch.arange(real.shape[1], device=real.device)[None, -num_queries:].expand(len(real), -1)
+    found = torch.arange(tokens.place.shape[1], device=tokens.place.device)
+    return found[None, tokens.place.shape[1] - num_queries :].expand(len(tokens.place), -1)
+
+
+def later(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """Positions (B, T) of calls with a cache, changed."""
+
+    def make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def default_positions(tokens: Tokens, *, num_queries: int) -> Tensor:
+            found = original(tokens, num_queries=num_queries)
+            return found if num_queries == tokens.place.shape[1] else change(found)
+
+        return default_positions
+
+    return make
 
 
 def counted_in_prefill(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def positions(real: Tensor, *, num_queries: int) -> Tensor:
-        return slots(real, num_queries) if num_queries == real.shape[1] else original(real, num_queries=num_queries)
+    def default_positions(tokens: Tokens, *, num_queries: int) -> Tensor:
+        first = num_queries == tokens.place.shape[1] and tokens.lengths is None
+        return slots(tokens, num_queries) if first else original(tokens, num_queries=num_queries)
 
-    return positions
-
-
-def one_length_for_all(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def positions(real: Tensor, *, num_queries: int) -> Tensor:
-        found = original(real, num_queries=num_queries)
-        return found if num_queries == real.shape[1] else found.amax(dim=0, keepdim=True).expand_as(found)
-
-    return positions
+    return default_positions
 
 
 def restarted(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda real, *, num_queries: original(real[:, real.shape[1] - num_queries :], num_queries=num_queries)
+    def default_positions(tokens: Tokens, *, num_queries: int) -> Tensor:
+        if num_queries == tokens.place.shape[1]:
+            return original(tokens, num_queries=num_queries)
+        real = tokens.real[:, tokens.real.shape[1] - num_queries :]
+        return original(masks.in_order(real), num_queries=num_queries)
 
-
-def first_of_the_chunk(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def positions(real: Tensor, *, num_queries: int) -> Tensor:
-        found = original(real, num_queries=num_queries)
-        return found if num_queries == real.shape[1] else found[:, :1].expand_as(found)
-
-    return positions
-
-
-def late_by_one(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def positions(real: Tensor, *, num_queries: int) -> Tensor:
-        return original(real, num_queries=num_queries) + (num_queries < real.shape[1])
-
-    return positions
+    return default_positions
 
 
 def wrong_axis() -> tuple[Swap, ...]:
     """The length of the cache is read from the axis of its heads."""
     known: dict[str, Any] = {}
 
-    def extended(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def noted(self: Any, real: Tensor) -> Tensor:
+    def tokens(original: Callable[..., Tokens]) -> Callable[..., Tokens]:
+        def noted(self: Any, real: Tensor) -> Tokens:
             known["keys"] = self.layers[0].keys
             return original(self, real)
 
         return noted
 
-    def positions(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def from_heads(real: Tensor, *, num_queries: int) -> Tensor:
-            if num_queries == real.shape[1]:
-                return original(real, num_queries=num_queries)
-            heads: int = known["keys"].shape[1]
-            return heads + torch.arange(num_queries).expand(len(real), -1)
+    def from_heads(found: Tensor) -> Tensor:
+        heads: int = known["keys"].shape[1]
+        return heads + torch.arange(found.shape[1]).expand_as(found)
 
-        return from_heads
-
-    return Swap("reference_impl.nn.kv_cache:KVCache.extended", extended), Swap(POSITIONS, positions)
+    return *each(CACHES, tokens), Swap(POSITIONS, later(from_heads))
 
 
 def kept_rows() -> tuple[Swap, ...]:
     """Positions of later calls go on from the number of keys that a window keeps."""
     known: dict[str, int | None] = {"window": None}
 
-    def visible_keys(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def noted(real: Tensor, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
+    def visible_in_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noted(tokens: Tokens, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
             known["window"] = sliding_window
-            return original(real, num_queries=num_queries, sliding_window=sliding_window)
+            return original(tokens, num_queries=num_queries, sliding_window=sliding_window)
 
         return noted
 
-    def positions(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def kept(real: Tensor, *, num_queries: int) -> Tensor:
-            found = original(real, num_queries=num_queries)
-            if num_queries == real.shape[1] or known["window"] is None:
-                return found
-            return found - (found[:, :1] - known["window"]).clamp(min=0)
+    def kept(found: Tensor) -> Tensor:
+        window = known["window"]
+        return found if window is None else found - (found[:, :1] - window).clamp(min=0)
 
-        return kept
-
-    return Swap(VISIBLE, visible_keys), Swap(POSITIONS, positions)
+    return Swap(ROWS, visible_in_rows), Swap(POSITIONS, later(kept))
 
 
 SHIFT = "a constant shift of all positions of a row turns queries and keys alike; scores depend on differences only"
@@ -448,17 +480,17 @@ _POSITIONS = (
     ),
     Mistake(
         id="pad-left-positions",
-        families=DECODERS,
+        families=(*GPTS, "llama", "phi"),  # a rolling buffer has no index to take for a position
         what="Positions count the padding: arange, where cumsum(attention_mask) − 1 is meant.",
         why="The first real token of every row has position 0.",
         shows="Learned positions: all rows shorter than the longest, with left padding. Rotary positions: a constant "
         "shift, invisible as long as decoding shifts alike.",
         fix="cumsum(attention_mask) − 1.",
         seen="transformers#33095, transformers#18478, nnsight#673, unsloth#3795, unsloth#4078",
-        swaps=(Swap(POSITIONS, instead(lambda real, *, num_queries: slots(real, num_queries))),),
+        swaps=(Swap(POSITIONS, instead(lambda tokens, *, num_queries: slots(tokens, num_queries))),),
         killed_by=("golden.left_padding", "cache.ragged"),
         touches=PLACED,
-        equivalent=dict.fromkeys(TURNING, SHIFT),
+        equivalent=dict.fromkeys(("llama", "phi"), SHIFT),
     ),
     Mistake(
         id="pad-positions-prefill-only",
@@ -480,7 +512,7 @@ _POSITIONS = (
         shows="Only in batches of prompts of unequal length, while decoding.",
         fix="Positions per row.",
         seen="ComfyUI#15698, maclocal-api#92, exllamav2#606",
-        swaps=(Swap(POSITIONS, one_length_for_all),),
+        swaps=(Swap(POSITIONS, later(lambda found: found.amax(dim=0, keepdim=True).expand_as(found))),),
         killed_by=("cache.ragged",),
         touches=PLACED,
     ),
@@ -504,7 +536,7 @@ _POSITIONS = (
         shows="Only from the second call on.",
         fix="Advance the length after the call.",
         seen="fla-org/flash-linear-attention#766 (in the upper layers)",
-        swaps=(Swap(POSITIONS, late_by_one),),
+        swaps=(Swap(POSITIONS, later(lambda found: found + 1)),),
         killed_by=DECODED,
         touches=PLACED,
     ),
@@ -516,7 +548,7 @@ _POSITIONS = (
         shows="Only chunks of several tokens after the first call; cached keys are wrong, cached values bit-exact.",
         fix="start + arange(T).",
         seen="jundot/omlx#2363",
-        swaps=(Swap(POSITIONS, first_of_the_chunk),),
+        swaps=(Swap(POSITIONS, later(lambda found: found[:, :1].expand_as(found))),),
         killed_by=("cache.chunks",),
         touches=PLACED,
     ),
@@ -557,7 +589,7 @@ _POSITIONS = (
         shows="Only where a caller gives positions.",
         fix="Use them, or do not accept them.",
         seen="common knowledge",
-        swaps=(Swap(RESOLVE, lambda original: lambda position_ids, ids, real: original(None, ids, real)),),
+        swaps=(Swap(RESOLVE, lambda original: lambda position_ids, ids, tokens: original(None, ids, tokens)),),
         killed_by=("golden.positions",),
         touches=PLACED,
     ),
@@ -567,22 +599,22 @@ _POSITIONS = (
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 
-def window(sees: Callable[[Tensor, Tensor, int], Tensor], count_padding: bool = False) -> Callable[..., Tensor]:
-    """A window in which the query at place q sees the key at place k if sees(q, k, width)."""
+def padding_counted(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def visible_in_rows(tokens: Tokens, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
+        if sliding_window is None:
+            return original(tokens, num_queries=num_queries)
+        stored = Tokens(tokens.real, all_real(tokens).place)
+        windowed = original(stored, num_queries=num_queries, sliding_window=sliding_window)
+        return windowed & original(tokens, num_queries=num_queries)
 
-    def within_window(real: Tensor, *, num_queries: int, sliding_window: int) -> Tensor:
-        place = (torch.ones_like(real) if count_padding else real).cumsum(dim=-1)
-        queries = place[:, real.shape[1] - num_queries :]
-        return sees(queries[:, :, None], place[:, None, :], sliding_window)
-
-    return within_window
+    return visible_in_rows
 
 
 def null_is_nothing(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def visible_keys(real: Tensor, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
-        return original(real, num_queries=num_queries, sliding_window=sliding_window or 0)
+    def visible_in_rows(tokens: Tokens, *, num_queries: int, sliding_window: int | None = None) -> Tensor:
+        return original(tokens, num_queries=num_queries, sliding_window=sliding_window or 0)
 
-    return visible_keys
+    return visible_in_rows
 
 
 def kind(pattern: Callable[[Any, int], str]) -> Swap:
@@ -601,7 +633,7 @@ _WINDOWS = (
         shows="Exactly nothing while T ≤ w.",
         fix="i − j < w; test that exactly w keys are seen, with T ≥ 2w + 1.",
         seen="transformers#26792, transformers#39408, transformers#29623, vllm#3385, mlx-lm#390",
-        swaps=(Swap(WINDOW, instead(window(lambda q, k, w: q - k <= w))),),
+        swaps=(Swap(ROWS, seen(window=lambda q, k, w: q - k <= w)),),
         killed_by=FORWARD,
         touches=WEIGHED,
     ),
@@ -613,7 +645,7 @@ _WINDOWS = (
         shows="Exactly nothing while T < w.",
         fix="i − j < w.",
         seen="mlx-lm#390 (the same seam)",
-        swaps=(Swap(WINDOW, instead(window(lambda q, k, w: q - k < max(w - 1, 1)))),),
+        swaps=(Swap(ROWS, seen(window=lambda q, k, w: q - k < max(w - 1, 1))),),
         killed_by=FORWARD,
         touches=WEIGHED,
     ),
@@ -625,7 +657,7 @@ _WINDOWS = (
         shows="Exactly nothing while T ≤ w.",
         fix="Pass the window on every path; test with T > w.",
         seen="unsloth#8253, transformers#28133, transformers#29777, LlamaFactory#7063",
-        swaps=(Swap(WINDOW, instead(window(lambda q, k, w: torch.ones_like(q - k, dtype=torch.bool)))),),
+        swaps=(Swap(ROWS, seen(window=lambda q, k, w: q - k < 9999)),),
         killed_by=FORWARD,
         touches=WEIGHED,
     ),
@@ -637,7 +669,7 @@ _WINDOWS = (
         shows="Everywhere; the first rows see nothing.",
         fix="i − j < w.",
         seen="transformers#41228",
-        swaps=(Swap(WINDOW, instead(window(lambda q, k, w: q - k >= w))),),
+        swaps=(Swap(ROWS, seen(window=lambda q, k, w: q - k >= w)),),
         killed_by=FORWARD,
         touches=WEIGHED,
     ),
@@ -649,7 +681,7 @@ _WINDOWS = (
         shows="The first block is right.",
         fix="A band that ends at each query.",
         seen="transformers#11630, transformers#11320, NVIDIA/TensorRT-Model-Connect#653",
-        swaps=(Swap(WINDOW, instead(window(lambda q, k, w: (q - 1) // w == (k - 1) // w))),),
+        swaps=(Swap(ROWS, seen(window=lambda q, k, w: q // w == k // w)),),
         killed_by=FORWARD,
         touches=WEIGHED,
     ),
@@ -661,7 +693,7 @@ _WINDOWS = (
         shows="Only in models without a window (Mistral 0.2, Mixtral): zeros or NaN.",
         fix="Tell null from a number before comparing.",
         seen="unsloth#8253",
-        swaps=(Swap(VISIBLE, null_is_nothing),),
+        swaps=(Swap(ROWS, null_is_nothing),),
         killed_by=("golden.logits",),
         touches=WEIGHED,
     ),
@@ -673,7 +705,7 @@ _WINDOWS = (
         shows="Nothing as long as each row's padding is on one side.",
         fix="Count real tokens, or keep padding out of the middle of rows.",
         seen="cactus-compute/cactus#716 (padding evicts)",
-        swaps=(Swap(WINDOW, instead(window(lambda q, k, w: q - k < w, count_padding=True))),),
+        swaps=(Swap(ROWS, padding_counted),),
         killed_by=("golden.logits", "golden.left_padding", "golden.right_padding", "cache.ragged"),
         equivalent=dict.fromkeys(
             WINDOWED, "between two real tokens of one run there is no padding, so that both counts differ by the same"

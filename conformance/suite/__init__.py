@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from conformance.judge import Judge
 
 GROUPS = (
-    "golden", "cache", "memory", "packed", "component", "tokenizer",
+    "golden", "cache", "memory", "packed", "partition", "component", "tokenizer",
     "shapes", "causality", "reach", "batching", "invariance", "sensitivity", "gradients", "determinism", "round_trip",
 )  # fmt: skip
 

@@ -125,8 +125,9 @@ class RollingLayer:
         return torch.cat((self.keys[:, :, :used], key), dim=2), torch.cat((self.values[:, :, :used], value), dim=2)
 
     def write(self, rows: Int[Tensor, "n"], slots: Int[Tensor, "n"], batch: int) -> None:
-        """Puts what `append` was given last into its slots."""
-        assert self._pending is not None
+        """Puts what `append` was given last into its slots; nothing, if the layer's block runs in another process."""
+        if self._pending is None:
+            return
         key, value = self._pending  # (N, KV, Dh)
         if self.keys is None or self.values is None:
             # zeros: what was never written is hidden, but a NaN there would pass through a weight of 0

@@ -57,7 +57,10 @@ def test_list_checks_shows_every_check() -> None:
 
 
 def test_list_implementations_shows_the_built_in_ones() -> None:
-    assert names(command("list", "implementations")) == ["reference", "reference-sdpa", "hf", "hf-sdpa"]
+    assert names(command("list", "implementations")) == [
+        "reference", "reference-sdpa", "reference-pipeline-2", "reference-pipeline-3", "reference-tensor-parallel-2",
+        "reference-tensor-parallel-3", "hf", "hf-sdpa",
+    ]  # fmt: skip
 
 
 def test_list_of_something_else_exits_2_and_says_what_there_is() -> None:

@@ -197,3 +197,26 @@ def test_example_that_does_not_fit_is_an_error_of_whoever_gave_it() -> None:
 def test_unknown_profile_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown profile 'deep'; there is quick, ci, thorough"):
         check("reference", "llama/plain", "batching.alone", profile="deep")
+
+
+def test_one_row_is_not_judged_by_the_average_over_a_case() -> None:
+    """A right model's single row that is off by twice the oracle's RMS over the case, in two runs, is no alarm.
+
+    Found by `benchmarks/false_alarms.py` at seed 500.
+    """
+    example = {"batch": 4, "length": 1, "row": 1, "ids": 3149}
+    assert check("reference", "transformer_xl/distinct", "batching.alone", "float32", example=example).outcome == "pass"
+
+
+def test_difference_in_a_working_dtype_is_a_failure_beyond_twice_five_times_the_largest_error() -> None:
+    from conformance import Case
+    from property_mutants import Around
+
+    case = Case("llama/plain")
+    noise = case.provenance["oracle_error"]["logits"]["float32"]["max"]
+    size = case.expected["logits"].abs().max().item()
+    example = {"batch": 2, "length": 3, "row": 0, "ids": 0}
+    for times, outcome in ((8, "pass"), (13, "fail")):
+        shifted = Around(lambda run, ids, mask, times=times: run() + times * noise * size * (len(ids) > 1))
+        result = check(shifted, "llama/plain", "batching.alone", "float32", example=example)
+        assert result.outcome == outcome, (times, result)
