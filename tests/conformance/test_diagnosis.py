@@ -1,6 +1,9 @@
 """Mistakes of implementations that share no code with the reference are named; what no entry knows is not misnamed."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +13,11 @@ from torch import Tensor
 from candidates import ENTRIES, FIRST_DIVERGENCE, HARMLESS, LAYOUTS, MISTAKES, MORE, SHOWN_BY
 from conformance import check
 from conformance.cases import Case, Claim
-from conformance.diagnosis import diagnose, hypotheses
+from conformance.diagnosis import Search, Simulator, difference, hypotheses, of_mistake, suspects
 from conformance.families import get
 from conformance.implementation import adopt
-from conformance.judge import Judge, Result, judge
+from conformance.judge import Compared, Judge, Result, judge
+from conformance.mistakes import Swap
 from conformance.mistakes import get as get_mistake
 from conformance.mutation import mutant
 from conformance.suite import checks
@@ -220,7 +224,7 @@ def rms_norm_less(mean: float) -> Any:
 
 def test_a_mistake_near_a_known_one_is_not_called_by_its_name() -> None:
     assert identifier(judged(rms_norm_less(1.0), "rms_norm/plain", "component.outputs")) == "layernorm-for-rms"
-    near = judged(rms_norm_less(0.999), "rms_norm/plain", "component.outputs").diagnosis
+    near = judged(rms_norm_less(0.9999), "rms_norm/plain", "component.outputs").diagnosis
     assert near is not None
     assert near["id"] is None
     assert "near, and not the same: layernorm-for-rms" in near["text"]
@@ -265,8 +269,6 @@ def test_a_mistake_of_the_loss_is_named() -> None:
 
 
 def test_what_was_found_is_tried_first_in_other_claims(monkeypatch: pytest.MonkeyPatch) -> None:
-    from conformance.diagnosis import Search
-
     found = adopt("", LAYOUTS["batch_first"](mistake="gelu_for_silu"))
 
     def run(name: str) -> Result:
@@ -325,11 +327,66 @@ def test_a_diagnosis_that_breaks_changes_no_verdict(monkeypatch: pytest.MonkeyPa
     def broken(*_: Any) -> Any:
         raise RuntimeError("no")
 
-    assert diagnose is not broken
     monkeypatch.setattr("conformance.diagnosis.diagnose", broken)
     result = check(LAYOUTS["batch_first"](mistake="scale_missing"), "llama/distinct")
     assert (result.outcome, result.diagnosis) == ("fail", None)
     assert result.notes == ["not diagnosed: RuntimeError: no"]
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def scaling_its_weight(original: Any) -> Any:
+    """Every call leaves a larger weight behind."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.weight.data *= 2
+        return original(self, x)  # type: ignore[no-any-return]
+
+    return forward
+
+
+def test_what_a_mistake_leaves_behind_does_not_stay() -> None:
+    entry = replace(
+        get_mistake("norm-weight-plus-one"), id="lasting",
+        swaps=(Swap("reference_impl.nn.norm:RMSNorm.forward", scaling_its_weight),),
+    )  # fmt: skip
+    simulator = Simulator(checks()["golden.logits"], case("llama/distinct"), "float64")
+    first = simulator.simulate(of_mistake(entry))
+    again = simulator.simulate(of_mistake(replace(entry, id="the same")))
+    assert difference(first, simulator.right, case("llama/distinct"), "float64")[0] > 0.1
+    assert difference(first, again, case("llama/distinct"), "float64") == (0.0, True)
+
+
+def test_no_number_differs_from_zero() -> None:
+    truth = torch.ones(2, 3, 4, dtype=torch.float64)
+    nothing, zero = truth * torch.nan, truth * 0
+    values = [{("logits", 0): Compared("logits", got, truth)} for got in (nothing, zero)]
+    assert difference(values[0], values[0], case("llama/distinct"), "float64") == (0.0, True)
+    assert difference(values[0], values[1], case("llama/distinct"), "float64") == (math.inf, False)
+    assert difference(values[1], values[0], case("llama/distinct"), "float64") == (math.inf, False)
+
+
+def test_what_touches_the_first_wrong_tensor_is_tried_first_and_everything_once() -> None:
+    failing: Any = SimpleNamespace(judge=SimpleNamespace(case=case("llama/distinct")))
+    touched = frozenset({"layers.N.attention.scores"})
+    first, second, third = Search(None, failing, touched, "golden.logits").stages()  # type: ignore[arg-type]
+    assert {h.id for h in first} == {h.id for h in hypotheses("llama") if "layers.N.attention.scores" in h.touches}
+    assert "attn-scale-missing" in {h.id for h in first}
+    assert "loss-not-shifted" in {h.id for h in third}
+    assert sorted(h.id for h in (*first, *second, *third)) == sorted(h.id for h in hypotheses("llama"))
+
+
+def test_suspects_reach_from_the_first_wrong_tensor_to_the_good_ones() -> None:
+    seen = {"first_wrong": "layers.1.attention.context", "last_good": ["layers.1.attention.value (1e-15)",
+            "layers.1.attention.query_rotated (1e-15)", "layers.1.attention.key_rotated (2e-15)"],
+            "probes_from": "golden"}  # fmt: skip
+    wanted = {"layers.N.attention.context", "layers.N.attention.weights", "layers.N.attention.scores"}
+    assert suspects(case("llama/distinct"), seen) == wanted
+    block = {"first_wrong": "layers.1", "last_good": [], "probes_from": "blocks"}
+    assert {"layers.N.attention.query", "layers.N.output"} <= suspects(case("llama/distinct"), block)
+    assert "embedding" not in suspects(case("llama/distinct"), block)
+    assert suspects(case("llama/distinct"), None) == frozenset()
 
 
 # --- components -------------------------------------------------------------------------------------------------------
