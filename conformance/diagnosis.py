@@ -36,6 +36,7 @@ from conformance.judge import Compared, Judge, Result
 from conformance.mistakes import Mistake, catalogue
 from conformance.mistakes.patching import Patch
 from conformance.mutation import model_under, mutant
+from conformance.pristine import pristine
 from conformance.probes import word
 from conformance.signatures import Wrong, signature
 
@@ -136,12 +137,14 @@ class Simulator:
         self._model: Any = None
         self._loading: set[CodeType] = set()  # what was called while it was loaded
         self._known: dict[str, Values | None] = {}
-        self.right = self._simulate(None)
+        with pristine():
+            self.right = self._simulate(None)
 
     def simulate(self, hypothesis: Hypothesis) -> Values | None:
         """What the check would compare; None if it does not run to its end."""
         if hypothesis.id not in self._known:
-            self._known[hypothesis.id] = self._simulate(hypothesis)
+            with pristine():
+                self._known[hypothesis.id] = self._simulate(hypothesis)
         return self._known[hypothesis.id]
 
     def _simulate(self, hypothesis: Hypothesis | None) -> Values | None:
@@ -380,7 +383,7 @@ def _moves_on(
     """Where the candidate diverges from the reference with a mistake, if that puts the first wrong tensor right."""
     case = judge.case
     try:
-        with Patch(*hypothesis.mistakes):
+        with pristine(), Patch(*hypothesis.mistakes):
             values = reference.probes(get(case.family), case.config, case.weights, **case.arguments)
     except Exception:
         return None

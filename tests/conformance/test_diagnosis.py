@@ -313,11 +313,31 @@ def test_no_number_is_diagnosed_as_well() -> None:
     assert result.diagnosis["text"].startswith("NaN in 100% of the values")
 
 
-def test_a_patched_reference_names_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A candidate may have changed `reference_impl` in its own process; what is simulated on it proves nothing."""
+def test_a_candidate_that_patches_the_reference_is_compared_with_the_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from reference_impl.nn import attention
 
-    monkeypatch.setattr(attention, "score_scale", lambda head_dim: 1.0)
+    def unscaled(head_dim: int) -> float:
+        return 1.0
+
+    monkeypatch.setattr(attention, "score_scale", unscaled)
+    found = check("reference", "llama/distinct")
+    assert identifier(found) == "attn-scale-missing"
+    assert attention.score_scale is unscaled
+    method = attention.GroupedQueryAttention.turn
+    monkeypatch.setattr(attention, "score_scale", lambda head_dim: head_dim**-0.5)
+    monkeypatch.setattr(attention.GroupedQueryAttention, "turn", lambda *a: (method(*a)[0], a[2]))
+    assert identifier(check("reference", "llama/distinct")) == "rope-keys-not-rotated"
+
+
+def test_a_reference_that_cannot_be_had_right_names_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replaced class is not put right; what is simulated with it proves nothing."""
+    from reference_impl.models import llama
+
+    class Unscaled(llama.GroupedQueryAttention):  # type: ignore[name-defined,misc]
+        def turn(self, query: Tensor, key: Tensor, *_: Any) -> Any:
+            return query, key
+
+    monkeypatch.setattr(llama, "GroupedQueryAttention", Unscaled)
     result = check(LAYOUTS["batch_first"](mistake="scale_missing"), "llama/distinct")
     assert result.diagnosis is None
     assert result.notes[-1].startswith("not diagnosed: reference_impl itself does not pass this claim")
