@@ -1,4 +1,4 @@
-"""Which mistake is it?  Makes the catalogue's mistakes in `reference_impl` and looks which gives the candidate's values.
+"""Which mistake is it?  Makes the catalogue's mistakes in `reference_impl` and sees which gives the candidate's values.
 
 The very check that failed is run on the reference with a mistake (or a config field at its default), and what it would
 compare is compared with what the candidate gave there.  So full forwards, padded batches, sessions and components are
@@ -36,6 +36,7 @@ from conformance.judge import Compared, Judge, Result
 from conformance.mistakes import Mistake, catalogue
 from conformance.mistakes.patching import Patch
 from conformance.mutation import model_under, mutant
+from conformance.pristine import pristine
 from conformance.probes import word
 from conformance.signatures import Wrong, signature
 
@@ -49,7 +50,7 @@ Values = dict[tuple[str, int], Compared]
 SECONDS = 6.0
 # Simulated at true double precision, the same mistake gives the same values to about 1e-14.
 REPRODUCED = 1e-9
-# In every dtype a diagnosis explains the error: so much of it may remain.  A mistake that does nothing leaves all of it.
+# In every dtype a diagnosis explains the error: so much of it may remain.  A mistake without effect leaves all of it.
 UNEXPLAINED = {"float64": 1e-3}
 UNEXPLAINED_ROUNDED = 0.1
 # Reproductions that differ by less than rounding are equally good.
@@ -97,7 +98,7 @@ def hypotheses(family: str) -> tuple[Hypothesis, ...]:
     return (*known, *fields)
 
 
-# --- simulating ---------------------------------------------------------------------------------------------------------
+# --- simulating -------------------------------------------------------------------------------------------------------
 
 
 class Simulation(Judge):
@@ -136,12 +137,14 @@ class Simulator:
         self._model: Any = None
         self._loading: set[CodeType] = set()  # what was called while it was loaded
         self._known: dict[str, Values | None] = {}
-        self.right = self._simulate(None)
+        with pristine():
+            self.right = self._simulate(None)
 
     def simulate(self, hypothesis: Hypothesis) -> Values | None:
         """What the check would compare; None if it does not run to its end."""
         if hypothesis.id not in self._known:
-            self._known[hypothesis.id] = self._simulate(hypothesis)
+            with pristine():
+                self._known[hypothesis.id] = self._simulate(hypothesis)
         return self._known[hypothesis.id]
 
     def _simulate(self, hypothesis: Hypothesis | None) -> Values | None:
@@ -212,12 +215,12 @@ def _at_default(config: Config, field: str, default: str, leave_out: bool) -> Co
     nested = {key: {k: v for k, v in table.items() if k != field} if isinstance(table, dict) else table
               for key, table in config.items() if key != field}  # fmt: skip
     if field == "rope_scaling" and isinstance(nested.get("rope_parameters"), dict):
-        theta = {k: v for k, v in nested["rope_parameters"].items() if k == "rope_theta"}
-        nested["rope_parameters"] = {"rope_type": "default", **theta}
+        kept = {k: v for k, v in nested["rope_parameters"].items() if k in ("rope_theta", "partial_rotary_factor")}
+        nested["rope_parameters"] = {"rope_type": "default", **kept}
     return nested
 
 
-# --- comparing ----------------------------------------------------------------------------------------------------------
+# --- comparing --------------------------------------------------------------------------------------------------------
 
 
 def difference(values: Values | None, others: Values | None, case: "Case", dtype: str) -> tuple[float, bool]:
@@ -276,7 +279,7 @@ def truths(values: Values) -> Values:
     return {name: replace(compared, got=compared.truth) for name, compared in values.items()}
 
 
-# --- searching ----------------------------------------------------------------------------------------------------------
+# --- searching --------------------------------------------------------------------------------------------------------
 
 # What was found in one implementation: diagnoses of a family are tried first in its other claims, and a case whose
 # mistake is unknown is not searched for again in the same kind of check.
@@ -374,11 +377,13 @@ class Search:
         return []
 
 
-def _moves_on(judge: Judge, hypothesis: Hypothesis, first: str, tensors: list[Any], logits: Any) -> dict[str, Any] | None:
+def _moves_on(
+    judge: Judge, hypothesis: Hypothesis, first: str, tensors: list[Any], logits: Any
+) -> dict[str, Any] | None:
     """Where the candidate diverges from the reference with a mistake, if that puts the first wrong tensor right."""
     case = judge.case
     try:
-        with Patch(*hypothesis.mistakes):
+        with pristine(), Patch(*hypothesis.mistakes):
             values = reference.probes(get(case.family), case.config, case.weights, **case.arguments)
     except Exception:
         return None
@@ -395,7 +400,7 @@ def _moves_on(judge: Judge, hypothesis: Hypothesis, first: str, tensors: list[An
 
 
 def suspects(case: "Case", divergence: dict[str, Any] | None) -> frozenset[str]:
-    """Words of the probes at which the fault may be: the first wrong one, and what lies between it and the good ones."""
+    """Words of the probes at which the fault may be: the first wrong one, and those between it and the good ones."""
     if divergence is None or not isinstance(get(case.family), Family):
         return frozenset()
     specs = {spec.name: spec for spec in get(case.family).probes(case.config)}
@@ -412,14 +417,16 @@ def suspects(case: "Case", divergence: dict[str, Any] | None) -> frozenset[str]:
     return frozenset(map(word, reached))
 
 
-# --- saying it ----------------------------------------------------------------------------------------------------------
+# --- saying it --------------------------------------------------------------------------------------------------------
 
 
 def _named(hits: Hits) -> dict[str, Any]:
     found = [hypothesis for _, hypothesis in hits]
     fields, mistakes = [h for h in found if not h.mistakes], [h for h in found if h.mistakes]
     named = mistakes or fields
-    kind = "one of" if len(named) > 1 else "two at once" if " and " in named[0].id else "mistake" if mistakes else "field"
+    kind = (
+        "one of" if len(named) > 1 else "two at once" if " and " in named[0].id else "mistake" if mistakes else "field"
+    )
     text = "; or: ".join(h.text for h in named)
     if mistakes and fields:
         text += f" (The values are also those with {' or '.join(f.id for f in fields)} at the default.)"
@@ -434,8 +441,10 @@ def _unknown(search: Search, failing: Failing, result: Result, searched: bool) -
     last = judge.compared[-1]
     bound = result.judgement.bound.max if result.judgement else bounds.SEMANTIC
     window = judge.case.config.get("sliding_window")
-    wrong = Wrong(last.got, last.truth, bound, last.real, tuple(judge.plan), window if isinstance(window, int) else None,
-                  rows=_has_rows(judge, last.what))  # fmt: skip
+    wrong = Wrong(
+        last.got, last.truth, bound, last.real, tuple(judge.plan), window if isinstance(window, int) else None,
+        _has_rows(judge, last.what),
+    )  # fmt: skip
     said = ["the same call gives other values when it is repeated"] if failing.unsteady else []
     if sign := signature(wrong):
         said.append(sign)
@@ -449,8 +458,6 @@ def _unknown(search: Search, failing: Failing, result: Result, searched: bool) -
         said.append(f"{len(hypotheses(judge.case.family)) - len(search.near)} were not tried for want of time")
     text = "; ".join(said) or "see the other failures of this implementation"
     return {"kind": "unknown", "id": None, "text": text, "reproduced_to": None, "fix": ""}
-
-
 
 
 def _has_rows(judge: Judge, what: str) -> bool:

@@ -58,11 +58,15 @@ def not_finite(wrong: Wrong) -> str | None:
         return None
     kind = "NaN" if got.isnan().any() else "infinite values"
     share = (~got.isfinite()).double().mean().item()
-    return f"{kind} in {share:.0%} of the values: rows that see no key, a mask added twice, overflow, memory never filled"
+    return (
+        f"{kind} in {share:.0%} of the values: rows that see no key, a mask added twice, overflow, memory never filled"
+    )
 
 
 def constant_ratio(wrong: Wrong) -> str | None:
     got, truth = wrong.kept()
+    if not got.any():
+        return "every value is 0"
     ratio = ((got * truth).sum() / truth.square().sum()).item()
     if not (got - ratio * truth).abs().max() <= wrong.slack * max(1.0, abs(ratio)):
         return None
@@ -100,6 +104,16 @@ def same_error_everywhere(wrong: Wrong) -> str | None:
     if len(error) < ENOUGH_ROWS or not (error - error[0]).abs().max() <= wrong.slack:
         return None
     return "the error is one vector, the same at all positions: a bias of the head or of the last layers"
+
+
+def constant_in_every_row(wrong: Wrong) -> str | None:
+    if wrong.got.ndim < 3:
+        return None
+    got, truth = wrong.kept()
+    error = got - truth
+    if not (error - error.mean(-1, keepdim=True)).abs().max() <= wrong.slack:
+        return None
+    return "the error is one number in every row: a softmax over what is returned, or a shift that softmax would hide"
 
 
 def only_after_the_first_call(wrong: Wrong) -> str | None:
@@ -186,9 +200,9 @@ def wrong_from_the_start(wrong: Wrong) -> str | None:
 
 # The most telling first.
 SIGNATURES: tuple[Callable[[Wrong], str | None], ...] = (
-    not_finite, constant_ratio, another_order, one_position_late, same_error_everywhere, only_after_the_first_call,
-    only_beyond_the_window, only_short_rows, grows_with_position, only_position_zero_right, only_some_rows,
-    only_some_tokens, wrong_from_the_start,
+    not_finite, constant_ratio, another_order, one_position_late, same_error_everywhere, constant_in_every_row,
+    only_after_the_first_call, only_beyond_the_window, only_short_rows, grows_with_position, only_position_zero_right,
+    only_some_rows, only_some_tokens, wrong_from_the_start,
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from conformance.families import Config, ConfigField, Family, Recipe, gpt_blocks
-from conformance.families.decoders import FULL, MODEST, PARTITION, field_case, without
+from conformance.families.decoders import FULL, MODEST, PARTITION, field_case, only_in, without
 from conformance.families.properties import Properties, Twins
 from conformance.probes import ProbeSpec
 
@@ -130,7 +130,8 @@ def _recipes() -> tuple[Recipe, ...]:
             weights="gpt3/deep",
             batch=3,
             seq=23,
-            claims=MODEST | PARTITION,
+            # The order of many layers shows in float64; what each adds to the rounding is no business of this case.
+            claims=only_in(("float64",), MODEST) | PARTITION,
         ),
         Recipe(
             name="gpt3/dense",

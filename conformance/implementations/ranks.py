@@ -155,7 +155,8 @@ class Ranks:
         if dead:
             how = describe_status(self._processes[dead[0]].exitcode)
             self.end()
-            raise failure or Ended(f"rank {dead[0]} of {self.count} ended: {how}")
+            # What the others then raise, because they wait for it, is no more than a consequence.
+            raise Ended(f"rank {dead[0]} of {self.count} ended: {how}") from failure
 
     def number(self) -> int:
         """A new key of the ranks' tables of objects."""

@@ -475,8 +475,9 @@ MISTAKES = (
         why="It is right for single tokens: the query sees w − 1 kept keys and its own.",
         shows="Nowhere, as long as the mask goes by places: the w-th key back is never needed.", fix="None.",
         seen="mistral-inference one_file_ref.py (w against w + 1)",
-        equivalent=dict.fromkeys(ROLLERS, "the first query of a call needs the w − 1 keys before it; later ones fewer of "
-                                 "the kept ones"),
+        equivalent=dict.fromkeys(
+            ROLLERS, "the first query of a call needs the w − 1 keys before it; later ones fewer of the kept ones"
+        ),
     ),
     entry(
         "rolling-one-slot-more", ROLLERS, (Swap(ROLLING + "__init__", one_slot_more),), DECODING,

@@ -47,7 +47,7 @@ def _diagnosis_lines(diagnosis: dict[str, Any]) -> list[str]:
     if diagnosis["id"] is None:
         return [_entry("diagnosis", f"unknown mistake: {diagnosis['text']}")]
     shown = f"{diagnosis['id']}: {diagnosis['text']}   [reproduced to {diagnosis['reproduced_to']:.0e}]"
-    asked = " or ".join(f"conformance explain {identifier}" for identifier in re.split(r" or | and ", diagnosis["id"]))
+    asked = "; ".join(f"conformance explain {identifier}" for identifier in re.split(r" or | and ", diagnosis["id"]))
     return [_entry("diagnosis", shown), _entry("fix", f"{diagnosis['fix']}   {asked}")]
 
 

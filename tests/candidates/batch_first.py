@@ -307,8 +307,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, visible: Tensor, memory: Memory | None) -> Tensor:
         attended = x + self.attention(self.before_attention(x), rotation, visible, memory)
-        result: Tensor = self.feed_forward(self.before_feed_forward(attended))
-        result = result + (x if self.loses_attention else attended)
+        result: Tensor = (x if self.loses_attention else attended) + self.feed_forward(
+            self.before_feed_forward(attended)
+        )
         return result
 
 

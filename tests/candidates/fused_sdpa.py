@@ -83,7 +83,10 @@ class Loader:
         self.config, self.tensors, self.shape, self.mistake = config, tensors, shape, mistake
 
     def qkv(self, prefix: str, kind: str) -> Tensor:
-        q, k, v = (self.tensors[f"{prefix}.{letter}_proj.{kind}"] for letter in ("qvk" if self.mistake == "qkv_read_as_qvk" else "qkv"))
+        q, k, v = (
+            self.tensors[f"{prefix}.{letter}_proj.{kind}"]
+            for letter in ("qvk" if self.mistake == "qkv_read_as_qvk" else "qkv")
+        )
         if self.mistake != "interleaved_rotary":
             q, k = pairs_side_by_side(q, self.shape.heads), pairs_side_by_side(k, self.shape.kv_heads)
         return torch.cat((q, k, v))
@@ -112,7 +115,9 @@ class Loader:
             gate_up=self.gate_up(mlp, "weight"),
             gate_up_bias=self.gate_up(mlp, "bias") if mlp_bias else None,
             down=self.tensors[f"{mlp}.down_proj.weight"],
-            down_bias=self.tensors[f"{mlp}.down_proj.bias"] if mlp_bias and self.mistake != "down_bias_dropped" else None,
+            down_bias=self.tensors[f"{mlp}.down_proj.bias"]
+            if mlp_bias and self.mistake != "down_bias_dropped"
+            else None,
         )
 
 

@@ -386,6 +386,8 @@ class HeadsFirst:
         h = read_config(checkpoint.config, self.mistake)
         stored = checkpoint.tensors()
         if self.mistake == "square_weight_transposed":
-            square = [name for name, t in stored.items() if "_proj" in name and t.ndim == 2 and t.shape[0] == t.shape[1]]
+            square = [
+                name for name, t in stored.items() if "_proj" in name and t.ndim == 2 and t.shape[0] == t.shape[1]
+            ]
             stored = stored | {name: stored[name].T for name in square}
         return FunctionalLlama(h, {name: stored[name].detach().requires_grad_() for name in weight_names(h)})

@@ -118,7 +118,7 @@ def test_the_patch_is_in_force_only_while_the_mutant_runs() -> None:
 
     from conformance.mistakes.patching import Patch
 
-    patched = mutation._model_under(Patch(made(doubled)), Loaded())
+    patched = model_under(Patch(made(doubled)), Loaded())
     patched(torch.ones(1, 2))
     patched.session().feed(torch.ones(1, 2))
     assert len(seen) == 4

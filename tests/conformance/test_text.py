@@ -164,6 +164,32 @@ def test_everything_stands_in_its_order() -> None:
     ]
 
 
+NAMED = {
+    "kind": "mistake", "id": "rope-layout", "text": "Rotates neighbouring pairs.", "reproduced_to": 4.2e-15,
+    "fix": "Rotate halves.",
+}  # fmt: skip
+
+
+def test_the_diagnosis_says_to_what_it_reproduces_the_values_and_what_to_do() -> None:
+    assert failure_lines(VALUE | {"diagnosis": NAMED}, "mod:Obj")[1:3] == [
+        "      diagnosis          rope-layout: Rotates neighbouring pairs.   [reproduced to 4e-15]",
+        "      fix                Rotate halves.   conformance explain rope-layout",
+    ]
+
+
+@pytest.mark.parametrize("word", ["or", "and"])
+def test_several_mistakes_are_explained_one_by_one(word: str) -> None:
+    lines = failure_lines(VALUE | {"diagnosis": NAMED | {"id": f"rope-layout {word} swiglu-swap"}}, "mod:Obj")
+    assert lines[2].endswith("   conformance explain rope-layout; conformance explain swiglu-swap")
+
+
+def test_an_unknown_mistake_has_no_fix() -> None:
+    unknown = {"kind": "unknown", "id": None, "text": "grows with the position", "reproduced_to": None, "fix": ""}
+    lines = failure_lines(VALUE | {"diagnosis": unknown}, "mod:Obj")
+    assert lines[1] == "      diagnosis          unknown mistake: grows with the position"
+    assert not any(line.startswith("      fix") for line in lines)
+
+
 @pytest.mark.parametrize(
     ("spec", "written"),
     [
