@@ -117,7 +117,7 @@ _CAUSAL = (
         seen="RVC-Boss/GPT-SoVITS#965, pytorch#29546",
         swaps=triangles(1),
         killed_by=FORWARD,
-        touches=WEIGHED,
+        touches=(*WEIGHED, "layers.N.attention.position_scores"),
     ),
     Mistake(
         id="causal-mask-self-hidden",
@@ -129,7 +129,7 @@ _CAUSAL = (
         seen="RVC-Boss/GPT-SoVITS#965, pytorch#29546",
         swaps=triangles(-1),
         killed_by=FORWARD,
-        touches=WEIGHED,
+        touches=(*WEIGHED, "layers.N.attention.position_scores"),
     ),
     Mistake(
         id="causal-mask-inverted",
@@ -141,7 +141,7 @@ _CAUSAL = (
         seen="pytorch/examples#649, hkproj/pytorch-transformer#19, rasbt/LLMs-from-scratch#1061",
         swaps=(Swap(ROWS, seen(lambda query, key: key >= query)), Swap(CAUSAL, instead(own_and_later))),
         killed_by=FORWARD,
-        touches=WEIGHED,
+        touches=(*WEIGHED, "layers.N.attention.position_scores"),
     ),
     Mistake(
         id="causal-mask-dropped",
@@ -153,7 +153,7 @@ _CAUSAL = (
         seen="transformers#48745",
         swaps=(Swap(ROWS, seen(lambda query, key: key < query + 9999)), Swap(CAUSAL, instead(everything))),
         killed_by=FORWARD,
-        touches=WEIGHED,
+        touches=(*WEIGHED, "layers.N.attention.position_scores"),
     ),
     Mistake(
         id="mask-top-left",
@@ -266,7 +266,7 @@ def masks_added() -> tuple[Swap, ...]:
 _PADDING = (
     Mistake(
         id="mask-bool-polarity",
-        families=(*MODELS, "switch_transformer", "rnn_search", "gnmt"),
+        families=(*MODELS, "switch_transformer"),  # a recurrent decoder refuses a source of padding
         what="Reads the attention mask the other way round: 1 is padding.",
         why="Hugging Face and SDPA mean 1 (True) = real; nn.MultiheadAttention's key_padding_mask means the reverse.",
         shows="Nothing without a mask; with one of all ones no token sees anything.",

@@ -167,7 +167,8 @@ def context_alone(original: Callable[..., Any], given: dict[str, Any]) -> Any:
 
 _RECURRENT = (
     entry(
-        "s2s-no-source-mask", (*BOTH, "rnn_search", "gnmt"), Swap(SOFTMAX, lambda original: lambda scores, mask: original(scores, None)),
+        "s2s-no-source-mask", (*BOTH, "rnn_search", "gnmt"),
+        Swap(SOFTMAX, lambda original: lambda scores, mask: original(scores, None)),
         what="The softmax runs over the source's padding too.", why="Pads are no input.",
         shows="Only in sources shorter than the longest.", fix="−∞ at pads, before the softmax.",
         seen="tensorflow#512, tensorflow#43941, pytorch/tutorials#593",

@@ -104,7 +104,8 @@ _BIAS = (
     ),
     entry(
         "t5-bias-missing", Swap(BIAS + "relative_position_bias", zero_bias),
-        what="No position bias is added.", why="T5 has no other positions.", shows="Everywhere.", fix="Add it to the scores.",
+        what="No position bias is added.", why="T5 has no other positions.", shows="Everywhere.",
+        fix="Add it to the scores.",
     ),
     entry(
         "t5-bias-first-block-only", Swap(T5 + "T5Attention.forward", first_block_alone),
@@ -133,7 +134,8 @@ _BIAS = (
     ),
     entry(
         "t5-max-distance-default", Swap(BIAS + "bucket_starts", every_distance(128)),
-        what="The largest distance is 128, whatever the config says.", why="relative_attention_max_distance is a field.",
+        what="The largest distance is 128, whatever the config says.",
+        why="relative_attention_max_distance is a field.",
         shows="Only where it is another, at far distances.", fix="Read it.",
     ),
     entry(
@@ -208,7 +210,8 @@ _BLOCKS = (
     ),
     entry(
         "t5-head-not-scaled", on_model(head_not_scaled),
-        what="A tied head's input is not multiplied by d_model^(−1/2).", why="T5's code does it, where the head is tied.",
+        what="A tied head's input is not multiplied by d_model^(−1/2).",
+        why="T5's code does it, where the head is tied.",
         shows="A constant ratio √d of all logits; no greedy token shows it.", fix="hidden · d_model^(−1/2) if tied.",
         touches=("logits", "final_norm"),
     ),
@@ -291,8 +294,10 @@ def z_of(logits: Tensor) -> Tensor:
 _EXPERTS = (
     entry(
         "switch-dropped-as-identity-in-model", Swap(SWITCH + "SwitchFeedForward.forward", everyone_full),
-        what="A token for which there is no room gets p · x from the layer.", why="It gets 0; the residual connection carries it.",
-        shows="Only where capacity is exceeded.", fix="Start from zeros.", seen="transformers#37017, transformers#37123",
+        what="A token for which there is no room gets p · x from the layer.",
+        why="It gets 0; the residual connection carries it.",
+        shows="Only where capacity is exceeded.", fix="Start from zeros.",
+        seen="transformers#37017, transformers#37123",
         touches=(*ROUTED, *STREAM),
     ),
     entry(
@@ -315,7 +320,8 @@ _EXPERTS = (
     ),
     entry(
         "switch-expert-order", on_model(experts_by_string),
-        what="Experts are stacked by their names as strings: 0, 1, 10, 2, ….", why="Expert i belongs to row i of the router.",
+        what="Experts are stacked by their names as strings: 0, 1, 10, 2, ….",
+        why="Expert i belongs to row i of the router.",
         shows="Only with more than 10 experts.", fix="Sort by int.", touches=ROUTED,
     ),
     entry(
@@ -334,7 +340,8 @@ _EXPERTS = (
             [layer.softmax(-1).mean(dim=(0, 1)).square().sum() * layer.shape[-1] for layer in logits]).sum()}),
         what="The balancing loss is E · Σ P², without the fractions f.", why="E · Σ f · P.",
         shows="In the loss only.", fix="f is how often an expert is chosen.",
-        seen="transformers#28255, transformers#31464, Megatron-LM#1617", killed_by=("golden.auxiliary_losses",), touches=(),
+        seen="transformers#28255, transformers#31464, Megatron-LM#1617", killed_by=("golden.auxiliary_losses",),
+        touches=(),
     ),
     entry(
         "aux-loss-averaged", losses(lambda logits: {"z_loss": torch.stack([z_of(layer) for layer in logits]).mean()}),
@@ -351,7 +358,8 @@ _EXPERTS = (
     entry(
         "router-logits-are-probs-in-loss", losses(lambda logits: {"z_loss": torch.stack(
             [z_of(layer.softmax(-1)) for layer in logits]).sum()}),
-        what="The z-loss is computed from probabilities.", why="From logits.", shows="In the loss only: nearly constant.",
+        what="The z-loss is computed from probabilities.", why="From logits.",
+        shows="In the loss only: nearly constant.",
         fix="Router logits.", seen="transformers#48421, transformers#48293", killed_by=("golden.auxiliary_losses",),
         touches=(),
     ),

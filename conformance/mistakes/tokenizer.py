@@ -1,7 +1,10 @@
 """Tokenizers: merges, spaces, bytes, special tokens."""
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from conformance.mistakes import Mistake, Swap
@@ -11,9 +14,11 @@ TEXT = "reference_impl.tokenizer.text:"
 PIECES = "reference_impl.tokenizer.sentencepiece_bpe:SentencePieceBPE."
 BYTES = "reference_impl.tokenizer.byte_level_bpe:"
 MERGE = "reference_impl.tokenizer.bpe:merge"
+ENCODES = (PIECES + "encode", BYTES + "ByteLevelBPE.encode")
 SENTENCES, LEVEL = ("sentencepiece_bpe",), ("byte_level_bpe",)
 BOTH = (*SENTENCES, *LEVEL)
-ENCODE = ("tokenizer.encode", "tokenizer.spaces", "tokenizer.runs", "tokenizer.special_tokens", "tokenizer.byte_fallback",
+ENCODE = ("tokenizer.encode", "tokenizer.spaces", "tokenizer.runs", "tokenizer.special_tokens",
+          "tokenizer.byte_fallback",
           "tokenizer.begin_and_end", "tokenizer.vocabulary")  # fmt: skip
 DECODE = ("tokenizer.decode", "tokenizer.round_trip", "tokenizer.incremental", "tokenizer.streaming",
           "tokenizer.invalid_bytes")  # fmt: skip
@@ -33,7 +38,7 @@ def merging(choose: Callable[[list[float | None]], int]) -> Callable[..., Any]:
     def merge(word: str, rank: Any) -> list[str]:
         symbols = list(word)
         while True:
-            ranks = [rank(a, b) for a, b in zip(symbols, symbols[1:], strict=False)]
+            ranks = [rank(a, b) for a, b in pairwise(symbols)]
             if all(found is None for found in ranks):
                 return symbols
             at = choose(ranks)
@@ -82,7 +87,8 @@ def longest_match(original: Callable[..., Any]) -> Callable[..., Any]:
 _MERGING = (
     entry(
         "tok-merge-left-to-right", BOTH, Swap(MERGE, merging(first_possible)),
-        what="Merges the first pair that can be merged, not the best.", why="Rank decides, position only between equals.",
+        what="Merges the first pair that can be merged, not the best.",
+        why="Rank decides, position only between equals.",
         shows="Half of ordinary words are cut differently; decoding is still right.", fix="The best rank first.",
         seen="ztxz16/fastllm#715",
     ),
@@ -93,12 +99,14 @@ _MERGING = (
     ),
     entry(
         "tok-merge-worst-first", BOTH, Swap(MERGE, merging(worst)),
-        what="The worst rank is merged first (scores for ranks, or a sign).", why="The best.", shows="Nearly everywhere.",
+        what="The worst rank is merged first (scores for ranks, or a sign).", why="The best.",
+        shows="Nearly everywhere.",
         fix="Higher scores, smaller ranks first.",
     ),
     entry(
         "tok-merge-once", BOTH, Swap(MERGE, once),
-        what="What a merge made is not merged again.", why="Until nothing can be merged.", shows="Words of three letters and more.",
+        what="What a merge made is not merged again.", why="Until nothing can be merged.",
+        shows="Words of three letters and more.",
         fix="Repeat.",
     ),
     entry(
@@ -126,8 +134,6 @@ def prefix(rule: Callable[[str, bool], bool]) -> Callable[..., Any]:
 
     def make(original: Callable[..., list[int]]) -> Callable[..., list[int]]:
         def encode(self: Any, text: str, at_start: bool) -> list[int]:
-            from dataclasses import replace
-
             kept = self.vocabulary
             self.vocabulary = replace(
                 kept, prefix="always" if rule(text, at_start) else "never", prefix_before_space=True
@@ -158,13 +164,15 @@ _SPACES = (
     ),
     entry(
         "tok-prefix-always", SENTENCES, Swap(PIECES + "_encode", prefix(lambda part, start: True)),
-        what='"▁" is put in front of every part, also where the file says that it is not.', why="add_dummy_prefix, legacy.",
+        what='"▁" is put in front of every part, also where the file says that it is not.',
+        why="add_dummy_prefix, legacy.",
         shows="Only with the option, or behind special tokens.", fix="Read the file.",
         seen="transformers#28010, llama.cpp#3664, transformers#30964",
     ),
     entry(
         "tok-prefix-after-special", SENTENCES, Swap(PIECES + "_encode", prefix(lambda part, start: start)),
-        what='"▁" is put in front of the text only, not behind special tokens.', why="With legacy it stands behind them too.",
+        what='"▁" is put in front of the text only, not behind special tokens.',
+        why="With legacy it stands behind them too.",
         shows="Only texts with special tokens.", fix="Read legacy.", seen="transformers#28010, llama.cpp#3664",
     ),
     entry(
@@ -174,7 +182,8 @@ _SPACES = (
     ),
     entry(
         "tok-decode-strips-all", SENTENCES, Swap(PIECES + "_surface", every_prefix_stripped),
-        what="A space is taken off every piece.", why="Off the first.", shows="Words run together.", fix="Only the first.",
+        what="A space is taken off every piece.", why="Off the first.", shows="Words run together.",
+        fix="Only the first.",
         seen="transformers#29453", killed_by=DECODE,
     ),
     entry(
@@ -183,10 +192,10 @@ _SPACES = (
         fix="Leave the text as it is.", seen="google/sentencepiece#650, #766, zml#47",
     ),
     entry(
-        "tok-normaliser-nfkc", BOTH, Swap(PIECES + "encode", text_before(lambda text: __import__("unicodedata").normalize(
-            "NFKC", text))), Swap(BYTES + "ByteLevelBPE.encode", text_before(lambda text: __import__(
-                "unicodedata").normalize("NFKC", text))),
-        what="NFKC is applied.", why="These models have the identity normaliser.", shows="“…”, full-width letters, ligatures.",
+        "tok-normaliser-nfkc", BOTH,
+        *(Swap(target, text_before(lambda text: unicodedata.normalize("NFKC", text))) for target in ENCODES),
+        what="NFKC is applied.", why="These models have the identity normaliser.",
+        shows="“…”, full-width letters, ligatures.",
         fix="Leave the text as it is.", seen="google/sentencepiece#650, #329",
     ),
     entry(
@@ -243,7 +252,8 @@ def per_token(original: Callable[..., str]) -> Callable[..., str]:
     """Every token is decoded by itself."""
 
     def feed(self: Any, token: int) -> str:
-        return original(self, token) + self.finish()
+        fed: str = original(self, token)
+        return fed + str(self.finish())
 
     return feed
 
@@ -280,7 +290,8 @@ _BYTES = (
     entry(
         "tok-byte-fallback-missing", SENTENCES, Swap(PIECES + "_ids_of", unknown_for_bytes),
         what="Characters that are no piece become <unk>.", why="They become the pieces of their UTF-8 bytes.",
-        shows="Emoji, rare scripts, line breaks.", fix="<0xNN> for every byte.", seen="zml#37, ariannamethod/notorch#41",
+        shows="Emoji, rare scripts, line breaks.", fix="<0xNN> for every byte.",
+        seen="zml#37, ariannamethod/notorch#41",
     ),
     entry(
         "tok-byte-fallback-code-points", SENTENCES, Swap(PIECES + "_ids_of", code_points),
@@ -294,7 +305,8 @@ _BYTES = (
     ),
     entry(
         "tok-byte-shown-literally", SENTENCES, Swap(PIECES + "_surface", shown_literally),
-        what="Byte pieces are decoded as their names: <0xE4>.", why="They are bytes.", shows="Characters that are no piece.",
+        what="Byte pieces are decoded as their names: <0xE4>.", why="They are bytes.",
+        shows="Characters that are no piece.",
         fix="bytes([0xE4]).", seen="swift-models#571, cactus#684", killed_by=DECODE,
     ),
     entry(
@@ -375,12 +387,11 @@ def controls_shown(original: Callable[..., Any]) -> Callable[..., Any]:
     return surface
 
 
-ENCODES = (PIECES + "encode", BYTES + "ByteLevelBPE.encode")
-
 _WORDS = (
     entry(
         "tok-pretokeniser", LEVEL, pattern(without_lookahead),
-        what="The pattern lacks \\s+(?!\\S): a run of spaces keeps its last one.", why="That one belongs to the word behind it.",
+        what="The pattern lacks \\s+(?!\\S): a run of spaces keeps its last one.",
+        why="That one belongs to the word behind it.",
         shows="Runs of spaces before a word.", fix="GPT-2's pattern.",
         seen="lattice#519, latitudegames/GPT-3-Encoder#5, huggingface/tokenizers#905",
     ),
@@ -398,12 +409,14 @@ _WORDS = (
     entry(
         "tok-pretokeniser-ascii", LEVEL, Swap(BYTES + "word_pattern", instead(lambda: re.compile(
             r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"))),
-        what="Letters and numbers are ASCII's.", why="They are Unicode's categories L and N.", shows="Other scripts, accents.",
+        what="Letters and numbers are ASCII's.", why="They are Unicode's categories L and N.",
+        shows="Other scripts, accents.",
         fix="\\p{L}, \\p{N}.", seen="lattice#519",
     ),
     entry(
         "tok-pretokeniser-digits", LEVEL, pattern(lambda text: text.replace("]+| ?[^", "]{1,3}| ?[^")),
-        what="Numbers are cut into groups of three (GPT-4's pattern).", why="GPT-2's keeps them whole.", shows="Numbers of four "
+        what="Numbers are cut into groups of three (GPT-4's pattern).", why="GPT-2's keeps them whole.",
+        shows="Numbers of four "
         "digits and more.", fix="GPT-2's pattern.", seen="huggingface/tokenizers#905 (patterns mixed up)",
     ),
     entry(
@@ -415,7 +428,8 @@ _WORDS = (
     entry(
         "tok-special-split", BOTH, *(Swap(target, specials_never) for target in ENCODES),
         what="Special tokens are encoded as text even where they are to be read.", why="A template is made of them.",
-        shows="Only where special tokens are asked for.", fix="Cut them out first.", seen="fastertransformer_backend#45",
+        shows="Only where special tokens are asked for.", fix="Cut them out first.",
+        seen="fastertransformer_backend#45",
     ),
     entry(
         "tok-begin-always", SENTENCES, *(Swap(target, ends(True)) for target in ENCODES),
@@ -424,12 +438,14 @@ _WORDS = (
     ),
     entry(
         "tok-begin-never", SENTENCES, *(Swap(target, ends(False)) for target in ENCODES),
-        what="Begin and end tokens are never added.", why="With add_special_tokens they are.", shows="Where they are asked for.",
+        what="Begin and end tokens are never added.", why="With add_special_tokens they are.",
+        shows="Where they are asked for.",
         fix="Read add_bos_token and add_eos_token.",
     ),
     entry(
         "tok-special-shortest", BOTH, Swap(TEXT + "SpecialTokens.split", shortest_first),
-        what="Of special tokens that begin alike the shortest is found.", why="The longest.", shows="Only where one begins "
+        what="Of special tokens that begin alike the shortest is found.", why="The longest.",
+        shows="Only where one begins "
         "another.", fix="Longest first.",
     ),
     entry(

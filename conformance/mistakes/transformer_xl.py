@@ -121,7 +121,8 @@ _MEMORY = (
     entry(
         "txl-memory-of-segment-only", Swap(MEMORY + "remember", instead(segment_only)),
         what="The memory is the last segment, even where it is longer than that.", why="It may span several segments.",
-        shows="Only where segments are shorter than mem_len, from the third on.", fix="cat((memory, segment))[-mem_len:].",
+        shows="Only where segments are shorter than mem_len, from the third on.",
+        fix="cat((memory, segment))[-mem_len:].",
         seen="dhruvramani/Transformers-RL#7", killed_by=SEGMENTS, touches=SCORES,
     ),
     entry(
@@ -145,7 +146,8 @@ _MEMORY = (
     entry(
         "txl-memory-of-outputs", Swap(MEMORY + "SegmentMemory.commit", outputs_remembered),
         what="A layer remembers its output.", why="It remembers what entered it: keys are projected from that.",
-        shows="From the second segment on.", fix="h^(n−1).", killed_by=SEGMENTS, touches=(A + "key", A + "value", *SCORES),
+        shows="From the second segment on.",
+        fix="h^(n−1).", killed_by=SEGMENTS, touches=(A + "key", A + "value", *SCORES),
     ),
     entry(
         "txl-memory-of-embeddings", Swap(MEMORY + "SegmentMemory.commit", bottom_remembered),
@@ -155,8 +157,10 @@ _MEMORY = (
     ),
     entry(
         "txl-memory-shared", Swap(MEMORY + "SegmentSession.__init__", kept_memory),
-        what="Sessions share a memory: a second text remembers the first one.", why="Texts have nothing to do with each other.",
-        shows="Only from the second session on.", fix="One memory a session.", seen="EleutherAI/gpt-neox#532 (in a cache)",
+        what="Sessions share a memory: a second text remembers the first one.",
+        why="Texts have nothing to do with each other.",
+        shows="Only from the second session on.", fix="One memory a session.",
+        seen="EleutherAI/gpt-neox#532 (in a cache)",
         killed_by=("memory.second_session", *SEGMENTS), touches=SCORES,
     ),
     entry(
@@ -291,8 +295,8 @@ def scaled_by_own_width(original: Callable[..., Tensor]) -> Callable[..., Tensor
     """√d_embed, where d_embed is not d_model."""
 
     def forward(self: Any, ids: Tensor) -> Tensor:
-        width = self.emb_layers[0].weight.shape[1]
-        return original(self, ids) / self.scale * width**0.5
+        scale = float(self.emb_layers[0].weight.shape[1] ** 0.5)
+        return original(self, ids) / float(self.scale) * scale
 
     return forward
 
@@ -342,8 +346,10 @@ _SOFTMAX = (
     ),
     entry(
         "txl-adaptive-tail-alone", Swap(ADAPTIVE + "whole_log_probabilities", instead(tails_alone)),
-        what="Log-probabilities within a cluster are taken for those of its ids.", why="The cluster's own has to be added.",
-        shows="Only ids beyond the first cutoff; probabilities sum to more than 1.", fix="log p(cluster) + log p(id | cluster).",
+        what="Log-probabilities within a cluster are taken for those of its ids.",
+        why="The cluster's own has to be added.",
+        shows="Only ids beyond the first cutoff; probabilities sum to more than 1.",
+        fix="log p(cluster) + log p(id | cluster).",
         seen="transformers#3286", touches=("logits",),
     ),
     entry(
@@ -364,12 +370,14 @@ _SOFTMAX = (
     ),
     entry(
         "txl-cluster-bias-dropped", on_model(cluster_bias_dropped),
-        what="The biases of the clusters are not added.", why="They are in the file.", shows="Nothing while they are 0.",
+        what="The biases of the clusters are not added.", why="They are in the file.",
+        shows="Nothing while they are 0.",
         fix="cluster_bias.", touches=HEAD,
     ),
     entry(
         "txl-out-bias-dropped", on_model(out_biases_dropped),
-        what="The biases of the softmax are not added, since its weights are the embedding's.", why="They are in the file.",
+        what="The biases of the softmax are not added, since its weights are the embedding's.",
+        why="They are in the file.",
         shows="Nothing while they are 0.", fix="out_layers.n.bias.", seen="vllm#46835 (the same seam)", touches=HEAD,
     ),
     entry(

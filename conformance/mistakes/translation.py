@@ -8,6 +8,7 @@ from torch import Tensor
 
 from conformance.mistakes import Mistake, Swap
 from conformance.mistakes.making import instead, on_load, on_model
+from reference_impl.nn import recurrent_cells
 
 SEARCH = "reference_impl.models.rnn_search:"
 GNMT = "reference_impl.models.gnmt:"
@@ -59,7 +60,8 @@ def state_restarts(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not hasattr(self, "initial"):
             self.initial = self._state
         self._state = self.initial
-        return original(self, decoder_input_ids, attention_mask)
+        logits: Tensor = original(self, decoder_input_ids, attention_mask)
+        return logits
 
     return feed
 
@@ -81,7 +83,8 @@ def flat(original: Callable[..., Any]) -> Callable[..., Any]:
     """Every position of the source weighs the same."""
 
     def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-        return original(torch.zeros_like(scores), mask)
+        weights: Tensor = original(torch.zeros_like(scores), mask)
+        return weights
 
     return masked_softmax
 
@@ -90,7 +93,8 @@ _BOTH = (
     entry(
         "translation-input-order", BOTH, Swap(SEARCH + "step_input", instead(swapped_inputs)),
         Swap(GNMT + "with_context", instead(swapped_inputs)),
-        what="[context; word] where the matrix was trained on [word; context].", why="Columns belong to what they were trained on.",
+        what="[context; word] where the matrix was trained on [word; context].",
+        why="Columns belong to what they were trained on.",
         shows="Everywhere; shapes agree.", fix="The word first.", seen="tensorflow#29622 (kernels of LSTMs)",
     ),
     entry(
@@ -101,12 +105,14 @@ _BOTH = (
     ),
     entry(
         "translation-state-through-padding", BOTH, Swap(RECURRENT + "advance", through_padding),
-        what="Padding moves the state on.", why="It leaves it as it was.", shows="Only with padding before real tokens.",
+        what="Padding moves the state on.", why="It leaves it as it was.",
+        shows="Only with padding before real tokens.",
         fix="Keep the old state at pads.", seen="bentrevett/pytorch-seq2seq#90", killed_by=PADDED,
     ),
     entry(
         "translation-state-restarts", BOTH, Swap("reference_impl.nn.sequence_session:Session.feed", state_restarts),
-        what="Every call begins with the initial state.", why="The state goes on.", shows="Only from the second call on.",
+        what="Every call begins with the initial state.", why="The state goes on.",
+        shows="Only from the second call on.",
         fix="Keep it.", killed_by=DECODING, touches=(*STEPS, *LAYERS, "pieces"),
     ),
     entry(
@@ -117,7 +123,8 @@ _BOTH = (
     entry(
         "output-bias-dropped", BOTH, on_load(output_bias_dropped),
         what="The bias of the output layer is not added.", why="It is in the file.",
-        shows="Nothing while it is 0; otherwise one vector at every position.", fix="Add it.", seen="vllm#46835 (the same seam)",
+        shows="Nothing while it is 0; otherwise one vector at every position.", fix="Add it.",
+        seen="vllm#46835 (the same seam)",
         touches=("logits",),
     ),
     entry(
@@ -167,7 +174,8 @@ def smaller(pieces: Tensor) -> Tensor:
 
 
 def mean(pieces: Tensor) -> Tensor:
-    return pieces.unflatten(-1, (-1, 2)).mean(dim=-1)
+    averaged: Tensor = pieces.unflatten(-1, (-1, 2)).mean(dim=-1)
+    return averaged
 
 
 def state_after_searches(self: Any, ids: Tensor, real: Tensor, source: Any, state: Any) -> Any:
@@ -195,12 +203,15 @@ def readout_without(part: str) -> Swap:
 _SEARCH = (
     search(
         "bahdanau-uses-current-state", Swap(SEARCH + "Decoder.forward", instead(state_after_searches)),
-        what="The search is made with the state after the step.", why="s_{i−1} searches, and the step reads what it found.",
-        shows="Everywhere.", fix="Search, then step.", seen="OpenNMT-py#668, OpenNMT-py#296, thushv89/attention_keras#33",
+        what="The search is made with the state after the step.",
+        why="s_{i−1} searches, and the step reads what it found.",
+        shows="Everywhere.", fix="Search, then step.",
+        seen="OpenNMT-py#668, OpenNMT-py#296, thushv89/attention_keras#33",
     ),
     search(
         "readout-of-new-state", Swap(SEARCH + "read_state", instead(lambda before, after: after)),
-        what="The deep output reads the state after the step (equation 4).", why="The published appendix and the authors' "
+        what="The deep output reads the state after the step (equation 4).",
+        why="The published appendix and the authors' "
         "code read s_{i−1}.", shows="Everywhere.", fix="Follow the weights.", touches=("pieces", "maxout"),
     ),
     search(
@@ -216,7 +227,8 @@ _SEARCH = (
     ),
     search(
         "initial-state-zero", Swap(SEARCH + "Decoder.start", zero_start),
-        what="The decoder starts from zeros.", why="s_0 = tanh(W_s ←h_1 + b_s).", shows="Everywhere.", fix="Compute it.",
+        what="The decoder starts from zeros.", why="s_0 = tanh(W_s ←h_1 + b_s).", shows="Everywhere.",
+        fix="Compute it.",
         touches=("initial_state", *STEPS, "pieces"),
     ),
     search(
@@ -239,7 +251,8 @@ _SEARCH = (
     ),
     search(
         "readout-without-context", readout_without("context_weight"),
-        what="The deep output does not read the context.", why="t̃ = U s + V E y + C c.", shows="Everywhere.", fix="Add C c.",
+        what="The deep output does not read the context.", why="t̃ = U s + V E y + C c.", shows="Everywhere.",
+        fix="Add C c.",
         touches=("pieces",),
     ),
     search(
@@ -249,8 +262,7 @@ _SEARCH = (
     ),
     search(
         "gru-reset-placement-in-model",
-        Swap(CELLS + "gru_step", lambda original: __import__("reference_impl.nn.recurrent_cells", fromlist=[""])
-             .gru_step_reset_before),
+        Swap(CELLS + "gru_step", instead(recurrent_cells.gru_step_reset_before)),
         what="The reset gate comes before the product where reset_after says after it, or the reverse.",
         why="reset_after is a field.", shows="Only where the model has the other form.", fix="Read reset_after.",
         seen="tensorflow#8311, keras-team/keras#8307", touches=(*LAYERS, *STEPS),
@@ -303,22 +315,26 @@ def all_one_way(model: Any) -> None:
 _GNMT = (
     gnmt(
         "gnmt-residual-missing", Swap(GNMT + "residual", residual_from(99)),
-        what="No residual connections.", why="From the third layer on there are.", shows="Only with three layers or more.",
+        what="No residual connections.", why="From the third layer on there are.",
+        shows="Only with three layers or more.",
         fix="x^i = m^i + x^{i−1}.", touches=(*LAYERS, *STEPS, "logits"),
     ),
     gnmt(
         "gnmt-residual-from-second", Swap(GNMT + "residual", residual_from(2)),
-        what="Residual connections from the second layer on.", why="From the third.", shows="Everywhere where widths agree.",
+        what="Residual connections from the second layer on.", why="From the third.",
+        shows="Everywhere where widths agree.",
         fix="From the third layer.", touches=(*LAYERS, *STEPS, "logits"),
     ),
     gnmt(
         "gnmt-residual-from-fourth", Swap(GNMT + "residual", residual_from(4)),
-        what="Residual connections from the fourth layer on.", why="From the third.", shows="Only with three layers or more.",
+        what="Residual connections from the fourth layer on.", why="From the third.",
+        shows="Only with three layers or more.",
         fix="From the third layer.", touches=(*LAYERS, *STEPS, "logits"),
     ),
     gnmt(
         "gnmt-search-with-cell", Swap(GNMT + "search_query", instead(new_state_searches)),
-        what="The cell searches, c_{i−1}.", why="The output does, y_{i−1}: state tuples are (h, c).", shows="Everywhere but in "
+        what="The cell searches, c_{i−1}.", why="The output does, y_{i−1}: state tuples are (h, c).",
+        shows="Everywhere but in "
         "the first step, where both are 0.", fix="h.", seen="common knowledge (state tuples of LSTMs)",
     ),
     gnmt(
