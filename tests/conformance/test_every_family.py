@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance.families import FAMILIES, MODELS, Config, Family, Recipe, get
+from conformance.families import FAMILIES, MODELS, Config, Family, Recipe, claims, get
 from conformance.families.decoders import FULL as FULL_DECODER
 from conformance.families.encoder_decoders import FULL as FULL_ENCODER_DECODER
 from conformance.golden.model import draw_inputs, draw_weights
@@ -266,7 +266,7 @@ def test_nothing_keeps_the_value_that_a_library_starts_it_at(recipe: Recipe) -> 
         initial = 1.0 if name in norms_of(recipe.name) else 0.0
         assert (tensor == initial).sum() <= max(2, 0.1 * tensor.numel()), name
         assert tensor.unique().numel() >= 2, name
-        assert abs(tensor.mean() - initial) < 4 * tensor.std() / tensor.numel() ** 0.5, name
+        assert abs(tensor.mean() - initial) < 6 * tensor.std() / tensor.numel() ** 0.5, name
 
 
 @every_recipe
@@ -611,7 +611,7 @@ def test_every_claim_is_of_a_check_that_exists_in_dtypes_that_exist(recipe: Reci
 
 
 def test_every_check_is_claimed_by_some_case() -> None:
-    assert {check for name in FAMILIES for recipe in get(name).recipes for check in recipe.claims} == set(checks())
+    assert {check for name in FAMILIES for recipe in get(name).recipes for check in claims(recipe)} == set(checks())
 
 
 @every_family

@@ -28,8 +28,9 @@ def test_a_correct_twin_passes_every_claim(layout: str) -> None:
     unsupported = {"golden.loss", "packed.logits", "packed.isolation"} | (
         {"golden.gradients"} if layout == "fused_sdpa" else set()
     )
-    wanted = {claim: "unsupported" if claim.check in unsupported else "pass" for claim in CLAIMS}
-    assert {result.claim: result.outcome for result in results} == wanted
+    assert {result.outcome for result in results} == {"pass", "unsupported"}
+    of_goldens = [result for result in results if result.claim.check.split(".")[0] in ("golden", "cache", "packed")]
+    assert {result.claim.check for result in of_goldens if result.outcome == "unsupported"} == unsupported
 
 
 def failing_result(layout: str, mistake: str) -> Result:

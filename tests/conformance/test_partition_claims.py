@@ -86,9 +86,9 @@ def test_a_norm_of_a_slice_fails() -> None:
 @pytest.mark.parametrize(
     ("what", "splits"),
     [
-        ("lost", [[3, 2], [4, 1]]),
-        ("doubled", [[3, 2], [2, 3]]),
-        ("lost, of three stages", [[2, 2, 1], [3, 1, 1], [2, 2, 1]]),
+        ("lost", [[6, 5], [7, 4]]),
+        ("doubled", [[6, 5], [5, 6]]),
+        ("lost, of three stages", [[4, 4, 3], [5, 3, 3], [4, 4, 3]]),
     ],
 )
 def test_a_block_lost_or_doubled_where_stages_meet_fails(what: str, splits: list[list[int]]) -> None:

@@ -402,13 +402,13 @@ E, D = "encoder.layers.0.", "decoder.layers.0."
 # Mistake -> what is replaced, the check that fails, the first wrong probe (None: nothing before it is right, or a check
 # that is not localised).
 PATCHES: dict[str, tuple[Patch, str, str | None]] = {
-    "embeddings not scaled": ((Stack, "embed", embed_unscaled), "golden.logits", None),
+    "embeddings not scaled": ((Stack, "embed", embed_unscaled), "golden.logits", "encoder.embedding"),
     "target not scaled": ((Stack, "embed", embed_target_unscaled), "golden.logits", "decoder.embedding"),
-    "positions scaled as well": ((Stack, "embed", embed_and_scale_positions), "golden.logits", None),
+    "positions scaled as well": ((Stack, "embed", embed_and_scale_positions), "golden.logits", "encoder.embedding"),
     "positions of the target from 1": ((Stack, "embed", embed_target_from_one), "golden.logits", "decoder.embedding"),
     "positions count padding": ((Stack, "embed", embed_counting_padding), "golden.left_padding", None),
     "positions restart in each feed": ((Stack, "embed", embed_restarting), "cache.prefill_decode", "decoder.embedding"),
-    "exponent i/d": ((absolute_positions, "sinusoid_angles", angles_by_column), "golden.logits", None),
+    "exponent i/d": ((absolute_positions, "sinusoid_angles", angles_by_column), "golden.logits", "encoder.embedding"),
     "encoder with norms before": ((EncoderLayer, "forward", encoder_pre_norm), "golden.logits", E + "attention.query"),
     "residual added behind the norm": (
         (EncoderLayer, "forward", encoder_residual_behind_the_norm), "golden.logits", E + "attention.residual",
