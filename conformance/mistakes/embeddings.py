@@ -18,7 +18,7 @@ TABLE = "reference_impl.nn.absolute_positions:learned_positions"
 LOOKUP = "reference_impl.nn.positions:LearnedPositions.forward"
 STACK = "reference_impl.models.transformer:Stack.embed"
 FORWARD = ("component.outputs", "golden.logits")
-EMBEDDED = ("embedding", "distances")
+EMBEDDED = ("embedding", "distances", "layers.N.attention.distance_key")
 SINUSOIDS = ("sinusoidal_positions", "transformer", "transformer_xl")
 
 

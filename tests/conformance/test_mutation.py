@@ -86,7 +86,10 @@ def test_a_declared_equivalent_that_is_killed_is_no_equivalent() -> None:
 
 def test_everything_lists_all_kills() -> None:
     outcome = judge_mutant(made(doubled), "rms_norm", everything=True)
-    assert len(outcome.kills) == outcome.claims == len(ordered(made(doubled), "rms_norm"))
+    claims = ordered(made(doubled), "rms_norm")
+    assert outcome.claims == len(claims)
+    # What a doubled norm does not break: shapes, and the like
+    assert set(outcome.kills) == {str(claim) for claim in claims if claim.check.startswith("component.")}
 
 
 def test_named_claims_come_first_and_mistakes_of_precision_begin_with_the_lowest() -> None:
@@ -118,7 +121,7 @@ def test_the_patch_is_in_force_only_while_the_mutant_runs() -> None:
 
     from conformance.mistakes.patching import Patch
 
-    patched = model_under(Patch(made(doubled)), Loaded())
+    patched = mutation.model_under(Patch(made(doubled)), Loaded())
     patched(torch.ones(1, 2))
     patched.session().feed(torch.ones(1, 2))
     assert len(seen) == 4
