@@ -187,8 +187,8 @@ class Case:
 
     @property
     def arguments(self) -> "dict[str, Tensor]":
-        """What the full forward of a model is called with: the ids, and of an encoder–decoder model the decoder's."""
-        return {name: self.inputs[name] for name in ("input_ids", "decoder_input_ids") if name in self.inputs}
+        """What the full forward of a model is called with."""
+        return forward_arguments(self.inputs)
 
     @property
     def ids(self) -> "Tensor":
@@ -292,6 +292,11 @@ class Case:
             return load_file(self.directory / file)
         except (OSError, SafetensorError) as error:
             raise FixtureError(f"{self.directory / file}: cannot be read as safetensors ({error})") from error
+
+
+def forward_arguments(inputs: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """Of a case's inputs, what a full forward is called with: the ids, and those of a decoder where there is one."""
+    return {name: inputs[name] for name in ("input_ids", "decoder_input_ids") if name in inputs}
 
 
 def file_entries(directory: Path) -> dict[str, dict[str, Any]]:

@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 
-from conformance.cases import Case, Claim
+from conformance.cases import Case, Claim, forward_arguments
 from conformance.configurations import DRAWN, between, configurations, lengths
 from conformance.families import Config, Family, Recipe, get
-from conformance.golden.model import draw_inputs, draw_weights
+from conformance.golden.model import draw_inputs, draw_weights, of_cut_sources
+from conformance.implementation import BUILT_IN
 from conformance.implementations import reference
 from conformance.oracles import oracle_class, oracle_missing
 from conformance.report.model import died
@@ -118,16 +118,9 @@ def write(family: Family, made: Recipe, directory: Path, oracle: bool) -> None:
     forward: Callable[..., Tensor] = (
         oracle_class(family)(family, made.config, weights).logits if oracle else reference.forward(made.config, weights)
     )
-    arguments = {name: inputs[name] for name in ("input_ids", "decoder_input_ids") if name in inputs}
-    expected = {"logits": forward(**arguments)}
+    expected = {"logits": forward(**forward_arguments(inputs))}
     if made.target is not None and made.batch > 1:
-        rows = [
-            forward(
-                input_ids=inputs["input_ids"][r : r + 1, :n], decoder_input_ids=inputs["decoder_input_ids"][r : r + 1]
-            )
-            for r, n in enumerate(inputs["lengths"].tolist())
-        ]
-        expected["source_cut.logits"] = torch.cat(rows)
+        expected["source_cut.logits"] = of_cut_sources(forward, inputs)
     provenance = {
         "recipe": made.name, "summary": made.summary, "field": None, "last_rows": None, "oracle_error": {},
         "movement": {}, "claims": {check: list(dtypes) for check, dtypes in made.claims.items()},
@@ -176,7 +169,11 @@ class Fuzzer:
             TIMEOUT, op="judge", case=claim.case, check=claim.check, dtype=claim.dtype, directory=str(directory),
             diagnose=diagnose,
         )  # fmt: skip
-        return died(claim, answer, TIMEOUT) if isinstance(answer, Died) else answer
+        if isinstance(answer, Died):
+            return died(claim, answer, TIMEOUT)
+        if "fixture" in answer:  # nothing that the candidate could have done
+            raise RuntimeError(f"the drawn case cannot be judged: {answer['fixture']}")
+        return answer
 
     def _keep(self, directory: Path, result: dict[str, Any], made: Recipe) -> None:
         target = self.keep / made.name
@@ -249,7 +246,7 @@ def fuzz(
     Raises: ValueError if the implementation cannot be had, or a family cannot be fuzzed or is not declared.
     """
     worker = Worker(implementation, device)
-    oracle = implementation.startswith("reference")
+    oracle = implementation in BUILT_IN and implementation.startswith("reference")
     if oracle and (
         missing := {family: why for family in families if family in DRAWN and (why := oracle_missing(family))}
     ):

@@ -217,8 +217,7 @@ class Judge:
         if not (kept.isfinite().all() and kept_other.isfinite().all()):
             raise Misbehaviour("not finite", f"{what}: there are NaN or infinite values")
         judgement = self._between(kept, kept_other)
-        if self.worst is None or judgement.error.max > self.worst.error.max:
-            self.worst = judgement
+        self._keep_worst(judgement)
         if not judgement.passed:
             raise Failure(what, judgement, _where(got, other, real, judgement), None)
 
@@ -270,8 +269,7 @@ class Judge:
             raise Misbehaviour("not finite", f"{int(wrong.sum())} of {kept_got.numel()} {what} are NaN or infinite, "
                                f"the first at {tuple(wrong.nonzero()[0].tolist())}")  # fmt: skip
         judgement = compared.judged(self.case, self.dtype, kept_got, kept_truth)
-        if self.worst is None or judgement.error.max > self.worst.error.max:
-            self.worst = judgement
+        self._keep_worst(judgement)
         if not judgement.passed:
             equals = next(
                 (
@@ -283,6 +281,10 @@ class Judge:
             )
             raise Failure(f"{what} differ from the oracle's", judgement, _where(got, truth, real, judgement), equals)
 
+    def _keep_worst(self, judgement: bounds.Judgement) -> None:
+        if self.worst is None or judgement.error.max > self.worst.error.max:
+            self.worst = judgement
+
     def identical(self, got: Tensor, wanted: Tensor, what: str) -> None:
         """Compare two of the candidate's own answers, bit for bit.
 
@@ -292,8 +294,7 @@ class Judge:
             raise Misbehaviour("shape", f"{what} are {tuple(got.shape)} in {got.dtype}, "
                                f"wanted {tuple(wanted.shape)} in {wanted.dtype}")  # fmt: skip
         judgement = bounds.identical(got, wanted)
-        if self.worst is None or judgement.error.max > self.worst.error.max:
-            self.worst = judgement
+        self._keep_worst(judgement)
         if not judgement.passed:
             raise Failure(f"{what} differ from one process's", judgement, [], None)
 

@@ -107,7 +107,8 @@ class _Observer(TorchDispatchMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._add = recorder.add
-        self._written: set[int] = set()  # storages that were written to and not read since
+        # Storages that were written to and not read since; kept, for a freed one's address would be another's.
+        self._written: dict[int, torch.UntypedStorage] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -119,7 +120,7 @@ class _Observer(TorchDispatchMode):
                 self._read(args, effects)
             result = func(*args, **kwargs)
             if effects.writes:
-                self._wrote(args, result)
+                self._wrote(args, kwargs, effects, result)
             if not effects.uninitialised and not (effects.view and _shows_the_same(args[0], result)):
                 for tensor in _tensors(result):
                     self._add(str(func), tensor)
@@ -135,13 +136,15 @@ class _Observer(TorchDispatchMode):
                 if storage._cdata in self._written:
                     self._add("read", tensor)
                     if _covers(tensor):
-                        self._written.discard(storage._cdata)
+                        del self._written[storage._cdata]
 
-    def _wrote(self, args: tuple[Any, ...], result: Any) -> None:
+    def _wrote(self, args: tuple[Any, ...], kwargs: dict[str, Any], effects: _Effects, result: Any) -> None:
         """Note the storages that were written to, unless what the operation returns shows all of them."""
-        for tensor in _tensors(args if result is None else result):
+        written = [args[position] for position in effects.writes if position < len(args)]
+        for tensor in _tensors([*written, *kwargs.values()] if result is None else result):
             if result is None or not _covers(tensor):
-                self._written.add(tensor.untyped_storage()._cdata)
+                storage = tensor.untyped_storage()
+                self._written[storage._cdata] = storage
 
 
 @dataclass(frozen=True, slots=True)

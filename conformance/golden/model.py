@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from conformance import bounds, draws
+from conformance.cases import forward_arguments
 from conformance.families import Config, Family, Recipe, get
 from conformance.golden import routing, segments
 from conformance.golden.common import AGREEMENT, MOVEMENT, Derived, GoldenError
@@ -69,6 +70,13 @@ def draw_inputs(recipe: Recipe) -> dict[str, Tensor]:
     return inputs
 
 
+def of_cut_sources(logits: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Tensor:
+    """Logits of each row with its source cut to its length, alone and so without padding."""
+    ids, decoded = inputs["input_ids"], inputs["decoder_input_ids"]
+    rows = enumerate(inputs["lengths"].tolist())
+    return torch.cat([logits(input_ids=ids[r : r + 1, :n], decoder_input_ids=decoded[r : r + 1]) for r, n in rows])
+
+
 def derive(recipe: Recipe) -> Derived:
     """Everything that the case holds.
 
@@ -109,8 +117,7 @@ class Derivation:
         self.family: Family = get(recipe.name.split("/")[0])
         self.weights, self.inputs = draw_weights(self.family, recipe), draw_inputs(recipe)
         self.ids = self.inputs["input_ids"]
-        named = ("input_ids", "decoder_input_ids")
-        self.arguments = {name: self.inputs[name] for name in named if name in self.inputs}
+        self.arguments = forward_arguments(self.inputs)
         self.rows = slice(None) if recipe.last_rows is None else slice(-recipe.last_rows, None)
         self.oracle = oracle_class(self.family)(self.family, recipe.config, self.weights)
         self.truth = self.oracle.logits(**self.arguments)
@@ -229,17 +236,9 @@ class Derivation:
             yield config, weights, ids, block_input
 
     def cut_sources(self) -> None:
-        """The truth of each row with its source cut to its length, alone and so without padding."""
-
-        def row_by_row(logits: Callable[..., Tensor]) -> Tensor:
-            rows = enumerate(self.inputs["lengths"].tolist())
-            ids, decoded = self.ids, self.inputs["decoder_input_ids"]
-            return torch.cat(
-                [logits(input_ids=ids[r : r + 1, :n], decoder_input_ids=decoded[r : r + 1]) for r, n in rows]
-            )
-
-        truth = row_by_row(self.oracle.logits)
-        self.agree("logits", "logits of cut sources", row_by_row(reference.forward(self.config, self.weights)), truth)
+        truth = of_cut_sources(self.oracle.logits, self.inputs)
+        ours = of_cut_sources(reference.forward(self.config, self.weights), self.inputs)
+        self.agree("logits", "logits of cut sources", ours, truth)
         self.expected["source_cut.logits"] = truth
 
     def check_padding(self) -> None:

@@ -75,8 +75,7 @@ class HuggingFaceModels:
                 reason = PADS_ARE_ROUTED
             return EncoderDecoderModel(model, reason)
         # GPT would take a cache and ignore it
-        has_cache = "past_key_values" in inspect.signature(model.forward).parameters
-        return CachingModel(model) if has_cache else Model(model)
+        return CachingModel(model) if cache_argument(model) else Model(model)
 
 
 class Model(torch.nn.Module):
@@ -159,7 +158,7 @@ class EncoderDecoderSession:
     def feed(self, input_ids: Tensor) -> Tensor:
         return self.model(  # type: ignore[no-any-return]
             encoder_outputs=self.encoded, attention_mask=self.source_mask, decoder_input_ids=input_ids,
-            past_key_values=self.cache, use_cache=True,
+            use_cache=True, **{str(cache_argument(self.model)): self.cache},
         ).logits  # fmt: skip
 
     def state_bytes(self) -> int:
@@ -248,6 +247,12 @@ class TokenStream:
         return self.tokenizer.decode(self.ids, skip_special_tokens=True)[len(self.given) :]  # type: ignore[no-any-return]
 
 
+def cache_argument(model: Any) -> str | None:
+    """What the model calls the cache that it is given: `cache` since 5.24; None if it takes none."""
+    declared = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in declared), None)
+
+
 def by_hub_name(model: Any) -> dict[str, torch.nn.Parameter]:
     """The parameters under the names of the checkpoint.
 
@@ -287,7 +292,11 @@ class Session:
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         return self.model(  # type: ignore[no-any-return]
-            input_ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            input_ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            use_cache=True,
+            **{str(cache_argument(self.model)): self.cache},
         ).logits
 
     def state_bytes(self) -> int:

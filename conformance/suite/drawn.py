@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from conformance import strategies
 from conformance.implementation import Unsupported
+from conformance.suite.feeding import feed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -213,22 +213,16 @@ def logits_of(judge: "Judge", candidate: "Candidate", given: Text) -> "Tensor":
     return output.logits
 
 
+def source_of(given: Text) -> "dict[str, Tensor]":
+    """What a session over the text is opened with."""
+    return {} if given.source is None else {"input_ids": given.source}
+
+
 def session(judge: "Judge", given: Text) -> "Session":
     """A new session, over the text's source where there is one."""
-    source = {} if given.source is None else {"input_ids": given.source}
-    return judge.candidate.session(**source)  # type: ignore[no-any-return]
+    return judge.candidate.session(**source_of(given))  # type: ignore[no-any-return]
 
 
 def fed(judge: "Judge", plan: Sequence[int], given: Text, mask: "Tensor | None" = None) -> "Tensor":
     """Logits of a text that a session of its own is fed in calls of the planned sizes."""
-    import torch
-
-    with judge.precision():
-        opened = session(judge, given)
-        pieces = [opened.feed(given.ids[:, part], None if mask is None else mask[:, part]) for part in parts(plan)]
-        return torch.cat(pieces, dim=1)
-
-
-def parts(plan: Sequence[int]) -> list[slice]:
-    """Which tokens each call of a plan is fed."""
-    return [slice(end - size, end) for size, end in zip(plan, accumulate(plan), strict=True)]
+    return feed(judge, plan, given.ids, mask, source_of(given))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from conformance.implementation import Misbehaviour
 from conformance.strategies import interleaved, plans, ragged_plans
 from conformance.suite import drawn
+from conformance.suite.feeding import feed, parts
 from conformance.suite.padding import moved, padded_ids, row_truth
 from conformance.suite.related import pieces_agree
 from conformance.suite.test_batching import DECODED as RAGGED_STEPS
@@ -49,7 +50,7 @@ def test_ragged(judge: "Judge") -> None:
         ids, mask = padded_ids(case.inputs, "right")
         plan = [1] * (DECODED + 1)
         source = {"input_ids": ids, "attention_mask": mask}
-        logits = _feed(judge, plan, judge.case.ids[:, : len(plan)], source=source)
+        logits = feed(judge, plan, judge.case.ids[:, : len(plan)], source=source)
         judge.compare(logits, row_truth(case)[:, : len(plan)])
         return
     longest = case.inputs["input_ids"].shape[1] - DECODED
@@ -61,7 +62,7 @@ def test_ragged(judge: "Judge") -> None:
     ids = torch.cat([prompt, case.inputs["input_ids"][row, steps]], dim=1)
     truth = torch.cat([truth, case.expected["logits"][row, steps]], dim=1)
     mask = torch.cat([mask, torch.ones_like(steps)], dim=1)
-    logits = _feed(judge, [longest] + [1] * DECODED, ids, mask)
+    logits = feed(judge, [longest] + [1] * DECODED, ids, mask)
     judge.compare(logits, truth, real=mask.bool())
 
 
@@ -87,29 +88,8 @@ def test_constant_state(judge: "Judge") -> None:
 
 def _feed_and_compare(judge: "Judge", plan: list[int]) -> None:
     judge.plan = plan
-    logits = _feed(judge, plan, judge.case.ids, source=judge.case.source)
+    logits = feed(judge, plan, judge.case.ids, source=judge.case.source)
     judge.compare(logits[:, judge.case.rows], judge.case.expected["logits"])
-
-
-def _feed(
-    judge: "Judge",
-    plan: list[int],
-    ids: "Tensor",
-    mask: "Tensor | None" = None,
-    source: "dict[str, Tensor] | None" = None,
-) -> "Tensor":
-    """Feed the ids in calls of the planned sizes; the logits of all calls, joined along the sequence."""
-    import torch
-
-    assert sum(plan) == ids.shape[1]
-    pieces, start = [], 0
-    with judge.precision():
-        session = judge.candidate.session(**(source or {}))
-        for size in plan:
-            part = slice(start, start + size)
-            pieces.append(session.feed(ids[:, part], None if mask is None else mask[:, part]))
-            start += size
-        return torch.cat(pieces, dim=1)
 
 
 # --- any plan --------------------------------------------------------------------------------------------------------
@@ -163,7 +143,7 @@ def test_interleaved(judge: "Judge") -> None:
         got: list[list[Tensor]] = [[], []]
         with judge.precision():
             sessions = [drawn.session(judge, text) for text in texts]
-            for part in drawn.parts(plan):
+            for part in parts(plan):
                 for pieces, session, text in zip(got, sessions, texts, strict=True):
                     pieces.append(session.feed(text.ids[:, part]))
         for pieces, text in zip(got, texts, strict=True):

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from conformance.implementation import Unsupported
+from conformance.suite.feeding import feed
 from conformance.suite.gradients import compare_gradients
 
 if TYPE_CHECKING:
@@ -17,11 +18,7 @@ def test_segments(judge: "Judge") -> None:
     A session begins with nothing to remember.  Each layer then remembers what entered it for the last tokens, as many
     as the configuration says, over several segments if these are shorter.
     """
-    import torch
-
-    with judge.precision():
-        session = judge.candidate.session()
-        logits = torch.cat([session.feed(segment) for segment in _segments(judge)], dim=1)
+    logits = feed(judge, judge.case.inputs["segments"].tolist(), judge.case.ids)
     mistakes = judge.case.counterfactuals("segments.logits") | {
         "the memory never forgetting": judge.case.expected["logits"]
     }

@@ -10,6 +10,7 @@ from conformance.oracles.true_double import TrueDouble
 
 transformers = pytest.importorskip("transformers")
 
+from conformance.implementations.hf import cache_argument  # noqa: E402
 from conformance.oracles.hugging_face import HuggingFace, real_positions  # noqa: E402
 from conformance.oracles.mixtral import Mixtral  # noqa: E402
 
@@ -48,8 +49,8 @@ def theirs(family, config, weights, make_cache, plan, ids, mask):
         for size in plan:
             piece, seen = slice(start, start + size), mask[:, : start + size]
             outputs.append(oracle.model(
-                ids[:, piece], attention_mask=seen, position_ids=real_positions(seen)[:, piece], past_key_values=cache,
-                use_cache=True,
+                ids[:, piece], attention_mask=seen, position_ids=real_positions(seen)[:, piece], use_cache=True,
+                **{cache_argument(oracle.model): cache},
             ).logits)  # fmt: skip
             start += size
     return torch.cat(outputs, dim=1), {type(layer).__name__ for layer in cache.layers}

@@ -156,6 +156,17 @@ def test_the_reference_is_compared_with_the_oracle_and_not_with_itself(
     assert fuzz("reference", ["llama"], keep=tmp_path, seconds=600, most=3)[0].failure is not None
 
 
+def test_only_our_own_reference_is_compared_with_the_oracle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an implementation whose file is merely called so."""
+    from conformance.oracles.hugging_face import HuggingFace
+
+    (tmp_path / "reference_of_mine.py").write_text("from fuzz_bugs import nothing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(HuggingFace, "logits", None)
+    result = fuzz("reference_of_mine:nothing", ["llama"], keep=tmp_path, seconds=600, most=2)[0]
+    assert (result.failure, result.examples) == (None, 2)
+
+
 # --- what is drawn ---------------------------------------------------------------------------------------------------
 
 

@@ -175,6 +175,15 @@ def test_buffer_that_was_filled_piece_by_piece_is_recorded_when_it_is_read(
     assert [record.op for record in recorder.records].count("read") == 1
 
 
+def test_what_a_foreach_operation_only_reads_is_not_taken_for_written() -> None:
+    """Its operands are lists; a freed operand's address may be the next tensor's."""
+    states, operand = torch.zeros(3, 4, dtype=torch.float64), values(3, 4)
+    with Recorder() as recorder:
+        torch._foreach_add_([states], [operand])
+        operand.exp()
+    assert [record.op for record in recorder.records].count("read") == 0
+
+
 MAKERS: list[Callable[[Tensor], Tensor]] = [
     lambda x: torch.empty(3, 4),
     torch.empty_like,

@@ -1,0 +1,35 @@
+"""Feeding a session in calls of planned sizes."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from conformance.judge import Judge
+
+
+def feed(
+    judge: "Judge",
+    plan: Sequence[int],
+    ids: "Tensor",
+    mask: "Tensor | None" = None,
+    source: "dict[str, Tensor] | None" = None,
+) -> "Tensor":
+    """The logits of all calls of a session of its own, joined along the sequence.
+
+    source: what the session is opened with, of an encoder–decoder model.
+    """
+    import torch
+
+    assert sum(plan) == ids.shape[1]
+    with judge.precision():
+        session = judge.candidate.session(**(source or {}))
+        pieces = [session.feed(ids[:, part], None if mask is None else mask[:, part]) for part in parts(plan)]
+        return torch.cat(pieces, dim=1)
+
+
+def parts(plan: Sequence[int]) -> list[slice]:
+    """Which tokens each call of a plan is fed."""
+    return [slice(end - size, end) for size, end in zip(plan, accumulate(plan), strict=True)]
