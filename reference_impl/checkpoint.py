@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from reference_impl.checkpoint_layouts import with_model_names
 from reference_impl.stored_tensors import (
@@ -102,11 +103,20 @@ def build(path: Path, config: Mapping[str, Any], attention: str) -> nn.Module:
         raise CheckpointError(path, [f"{CONFIG_FILE}: {error}"]) from error
     _require_as_many_tensors(path, config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutDraws():
             model: nn.Module = getattr(family, model_class)(parsed, attention)
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits
         raise CheckpointError(path, [f"{CONFIG_FILE} describes a model that cannot be built: {error}"]) from error
     return model
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """No parameter is drawn: on the meta device there is nothing to fill, and torch spends most of `build` on it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _require_as_many_tensors(path: Path, config: Mapping[str, Any]) -> None:

@@ -210,17 +210,20 @@ class _Functions(TorchFunctionMode):
         return names_dtype
 
 
-class _Operations(TorchDispatchMode):
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode that torch does not wrap for its compiler, whose import takes more than a second."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _Operations(DispatchMode):
     """Below autograd: the same for operations that do not come from Python code.
 
     Here a tensor cannot be promoted in place.  Operations that write to or alias a low-precision tensor keep it: the
     function mode sees it next.
     """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Do not wrap what follows for the compiler: it does not work in this mode, and is slow to import."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
