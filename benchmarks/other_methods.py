@@ -138,8 +138,9 @@ INPUTS = {
     "initial": "A model of the size and weights customary in such tests: hidden 32, 2 layers, 4 heads, 37 inner units, "
     "99 tokens, every field at its default; matrices N(0, 0.02), norm weights 1, biases 0; 13 rows of 7 random tokens. "
     "Three seeds; the third has 2 key-value heads, the others 4.",
-    "drawn": "The same three models and tokens, with weights drawn as those of the suite's cases: matrices of standard "
-    "deviation 1.5/√fan_in, norm weights around 1, random biases: attention is far from uniform, activations far from linear.",
+    "drawn": "The same three models and tokens, with weights drawn as those of the suite's cases, so that attention is "
+    "far from uniform and activations far from linear: matrices of standard deviation 1.5/√fan_in, norm weights around "
+    "1, random biases.",
     "cases": "All cases of the suite but the `long` one: their configurations, weights and tokens.",
 }
 # On the suite's own cases, one method is enough to tell what its inputs do from what its bounds and checks do.
