@@ -95,6 +95,7 @@ def test_what_each_method_looks_at():
     right, elsewhere = _seen(right, right[:, 0]), _seen(elsewhere, right[:, 0] + 0.1)
     assert everything.verdict(right, elsewhere) == other_methods.CAUGHT
     assert mean.verdict(right, elsewhere) != other_methods.CAUGHT
+    assert mean.verdict(right, _seen(torch.cat((right.logits[:1], right.logits[1:] + 1)))) == other_methods.CAUGHT
     assert corner.verdict(right, elsewhere) == other_methods.SAME
     assert greedy.verdict(right, elsewhere) == other_methods.WITHIN
     other_token = _seen(right.logits, right.logits[:, 0].flip(-1))
