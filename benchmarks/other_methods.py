@@ -259,6 +259,7 @@ KINDS = {
     "field": "shows in a forward pass once a field or a size is not the default",
     "padding": "needs padding, or positions that are given",
     "cache": "needs a cache",
+    "packing": "needs texts that share a row without padding",
     "training": "shows in the loss or the gradients alone",
     "dtype": "is a matter of precision: shows in float32, bfloat16 or float16 alone",
 }
@@ -274,6 +275,8 @@ def kind(mistake: Mistake, family: str) -> str:
         return "padding"
     if any(check.startswith("cache.") for check in mistake.killed_by):
         return "cache"
+    if any(check.startswith("packed.") for check in mistake.killed_by):
+        return "packing"
     if any(check in ("golden.loss", "golden.gradients") for check in mistake.killed_by):
         return "training"
     raise ValueError(f"no kind of mistake is killed by {', '.join(mistake.killed_by)} in {family}; add one to KINDS")
@@ -396,7 +399,7 @@ by methods that are customary elsewhere, and judged by this suite, which lets {s
   than the method sees.
 
 The other columns split the mutants by what it takes to see them. A forward pass alone cannot see what needs padding, a
-cache or a loss, and is not to be blamed for it: compare within a column. Projects usually have further tests.
+cache, packing or a loss, and is not to be blamed for it: compare within a column. Projects usually have further tests.
 
 {kinds}
 Both models run in float32 on the same machine: rounding can neither hide a mistake nor show one.

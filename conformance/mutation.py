@@ -118,6 +118,8 @@ def model_under(patch: Patch, model: Any) -> Any:
             return SimpleNamespace(feed=_method_under(patch, opened, "feed"))
 
         patched.session = session
+    if hasattr(model, "packed"):
+        patched.packed = _method_under(patch, model, "packed")
     return patched
 
 
