@@ -354,6 +354,7 @@ def numbers(rows: list[Row], same: list[Row]) -> list[int]:
 
 
 def show(rows: list[Row]) -> None:
+    console = Console(width=max(Console().width, 90))
     for family in dict.fromkeys(row.family for row in rows):
         table = Table(title=f"{family}: mistakes that pass", box=None, padding=(0, 1, 0, 0), title_justify="left")
         table.add_column()
@@ -363,7 +364,7 @@ def show(rows: list[Row]) -> None:
             table.add_row(name, *map(str, found))
             if name == "mutants" or name in (key(("greedy tokens", inputs)) for inputs in INPUTS):
                 table.add_row()
-        Console().print(table, "")
+        console.print(table, "")
 
 
 def page(rows: list[Row]) -> str:

@@ -130,7 +130,9 @@ def test_the_page_lists_the_mutants_of_the_catalogue():
 def test_the_page_says_that_the_suite_kills_them_all():
     for (_, mistake), cells in _every_mutant().items():
         assert cells[-1] in get(mistake).killed_by
-    assert all(_totals(family)["this suite"] == [0] * (2 + len(other_methods.KINDS)) for family in other_methods.FAMILIES)
+    assert all(
+        _totals(family)["this suite"] == [0] * (2 + len(other_methods.KINDS)) for family in other_methods.FAMILIES
+    )
 
 
 @pytest.mark.parametrize("family", other_methods.FAMILIES)
