@@ -118,6 +118,8 @@ def model_under(patch: Patch, model: Any) -> Any:
             return SimpleNamespace(feed=_method_under(patch, opened, "feed"))
 
         patched.session = session
+    if hasattr(model, "packed"):
+        patched.packed = _method_under(patch, model, "packed")
     return patched
 
 
@@ -142,17 +144,22 @@ def _case(name: str) -> Case:
 
 
 def ordered(mistake: Mistake, family: str) -> list[Claim]:
-    """The family's claims, those first that should kill: by named check, dtype, and what a case can show."""
+    """The family's claims, those first that should kill: named checks, short cases, dtype, what a case can show."""
     dtypes = DTYPES if not mistake.precision else tuple(reversed(DTYPES))
 
     def key(claim: Claim) -> tuple[Any, ...]:
         named, label = claim.check in mistake.killed_by, claim.case.split("/")[1]
         order = dtypes.index(claim.dtype) if claim.dtype in dtypes else 0  # text has none
         first = (order, mistake.killed_by.index(claim.check)) if named else ()
-        return label == "long", not named, *first, label != "distinct"
+        return not named, label == "long", *first, label != "distinct"
 
-    own = [claim for claim in _manifest().claims() if claim.family == family and _can_see(claim.check)]
-    return sorted(own, key=key)
+    return sorted(_seeing(family), key=key)
+
+
+@cache
+def _seeing(family: str) -> tuple[Claim, ...]:
+    """The family's claims that a mutant can fail."""
+    return tuple(claim for claim in _manifest().claims() if claim.family == family and _can_see(claim.check))
 
 
 def _can_see(check: str) -> bool:

@@ -59,18 +59,17 @@ class Stored:
         """
         stored = READABLE_DTYPES[self.dtype]
         tensor = torch.empty(self.shape, dtype=dtype or stored, device=device)
-        left = tensor.view(-1)
+        elements, size = tensor.view(-1), math.prod(self.shape)
         try:
             with self.file.open("rb") as file:
                 file.seek(self.start)
-                while len(left):
-                    content = bytearray(min(RUN, len(left)) * stored.itemsize)
+                for start in range(0, size, RUN):
+                    stop = min(start + RUN, size)
+                    content = bytearray((stop - start) * stored.itemsize)
                     if (read := file.readinto(content)) < len(content):
                         raise OSError(f"it ends {len(content) - read} bytes too early")
                     # as bytes first, then as what they mean: no dtype of values is named until the values are there
-                    run = torch.frombuffer(content, dtype=torch.uint8).view(stored)
-                    left[: len(run)] = run
-                    left = left[len(run) :]
+                    elements[start:stop] = torch.frombuffer(content, dtype=torch.uint8).view(stored)
         except OSError as error:
             fault = f"{self.file.name} cannot be read at {self.name}: {error}"
             raise CheckpointError(self.file.parent, [fault]) from error
