@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from candidates.unorthodox import COMPILED, COMPONENTS, SPARED, VARIANTS, Adapter, Variant
+from candidates.unorthodox import COMPILED, COMPONENTS, VARIANTS, Adapter, Variant
 from candidates.unorthodox.llama import InPlace, Numpy, TokenByToken
 from conformance.align import Alignment
 from conformance.cases import Case, Claim, Manifest
+from conformance.families.decoders import CONSTANT_STATE, FULL
 from conformance.implementation import Implementation, adopt
 from conformance.judge import Judge, Result, judge
 from conformance.localise import _align_forward, _align_session, known_probes
@@ -22,6 +23,8 @@ from conformance.suite import checks
 NEED_PARAMETERS = {
     "golden.gradients", "gradients.directions", "gradients.tied", "round_trip.parameters", "causality.gradient",
 }  # fmt: skip
+# What is compared with values that a case stores; the other checks are properties, and take most of the time.
+GOLDEN = FULL.keys() | CONSTANT_STATE.keys()
 # What no variant returns or does.
 NEVER = {"golden.auxiliary_losses", "partition.bit_equal"}
 VARIANT = pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -71,26 +74,25 @@ def cannot(variant: Variant, claim: Claim) -> bool:
 
 @VARIANT
 def test_a_right_implementation_raises_no_alarm(variant: Variant) -> None:
-    """All claims of its cases pass, but for what it declares not to do."""
+    """The claims of its cases pass, but for what it declares not to do."""
     wanted = [
         claim
         for name in variant.cases
         for claim in claims(f"{variant.model.family}/{name}")
-        if variant.everything or claim.check not in SPARED
+        if variant.properties or claim.check in GOLDEN
     ]
     results = judged(variant(), wanted)
     assert alarms(results) == []
     left_out = {str(r.claim) for r in results if r.outcome == "unsupported"}
     assert left_out == {str(claim) for claim in wanted if cannot(variant, claim)}
-    assert Counter(r.outcome for r in results)["pass"] >= 40
+    assert Counter(r.outcome for r in results)["pass"] >= 15
 
 
-def test_every_claim_is_put_to_many() -> None:
-    """Checks that some are spared are met by others; two families at least, and four dtypes."""
+def test_there_are_enough_of_every_kind() -> None:
     assert len(VARIANTS) + len(COMPONENTS) >= 30
-    whole = [variant for variant in VARIANTS if variant.everything]
-    assert len(whole) >= 5
-    assert len({variant.model.family for variant in whole}) >= 3
+    properties = [variant for variant in VARIANTS if variant.properties]
+    assert len(properties) >= 10
+    assert {variant.model.family for variant in properties} >= {"llama", "mistral", "mixtral", "gpt2"}
     assert {claim.dtype for claim in claims("llama/distinct")} == {"float64", "float32", "bfloat16", "float16"}
 
 
@@ -106,7 +108,7 @@ def test_its_mistake_is_found(variant: Variant) -> None:
 
 
 # Those whose values a recorder sees least of, or in the strangest order.
-NAMED = ("ComplexHalves", "RepeatedKeyValues", "AbsorbedOutput", "InPlace", "Convolutions", "HeadByHead", "Numpy")
+NAMED = ("RepeatedKeyValues", "AbsorbedOutput", "InPlace", "Convolutions", "HeadByHead", "Numpy")
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if str(v) in NAMED], ids=str)
@@ -121,7 +123,7 @@ def test_its_mistake_is_named_rightly(variant: Variant) -> None:
 
 
 def aligned(variant: Variant, plan: list[int]) -> Alignment:
-    """What is matched of a forward, or of the last feed of a session."""
+    """What is matched of a forward, or of a session's feed."""
     made = prepared(adopt("", variant()), f"{variant.model.family}/distinct", "float64")
     values, source = known_probes(made.case)
     assert source == "golden"
@@ -135,13 +137,12 @@ HARDLY_OBSERVED = (Numpy, TokenByToken)
 
 @VARIANT
 def test_nothing_diverges_in_a_right_implementation(variant: Variant) -> None:
-    for plan in ([], [3, 4, 1, 1]) if variant.model.family != "mixtral" else ([],):
-        alignment = aligned(variant, plan)
-        assert alignment.first_divergence is None, alignment
-        assert alignment.others == ()
-        matched = sum(finding.status == "matched" for finding in alignment.findings.values())
-        if variant.model not in HARDLY_OBSERVED:
-            assert matched > len(alignment.findings) / 2
+    alignment = aligned(variant, [3, 4, 1, 1] if variant.shown[1].startswith("cache.") else [])
+    assert alignment.first_divergence is None, alignment
+    assert alignment.others == ()
+    matched = sum(finding.status == "matched" for finding in alignment.findings.values())
+    if variant.model not in HARDLY_OBSERVED:
+        assert matched > len(alignment.findings) / 2
 
 
 # --- components -------------------------------------------------------------------------------------------------------

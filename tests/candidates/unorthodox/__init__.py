@@ -19,7 +19,7 @@ _VALUE, _KEY, _TURNED, _SCORES, _WEIGHTS, _CONTEXT, _OUTPUT, _RESIDUAL = (
 
 @dataclass(frozen=True)
 class Variant:
-    """cases: those of its family whose claims are put to it.  Left out are checks of `SPARED`, unless `everything`.
+    """cases: those of its family whose claims are put to it; those of properties only with `properties`.
 
     shown: the check, of a case, that its mistake fails; first: the first wrong probe that is found then, "" if none is,
     None where another than the fault is named, since the program never makes the right one.
@@ -29,9 +29,9 @@ class Variant:
     model: type[Decoder]
     first: str | None
     entry: str | None = None
-    cases: tuple[str, ...] = ("distinct", "mqa")
+    cases: tuple[str, ...] = ("distinct",)
     shown: tuple[str, str] = ("distinct", "golden.logits")
-    everything: bool = False
+    properties: bool = False
 
     def __call__(self, wrong: bool = False) -> Adapter:
         return Adapter(self.model, wrong)
@@ -41,38 +41,39 @@ class Variant:
 
 
 _SESSION = ("distinct", "cache.prefill_decode")
+_GROUPED = ("distinct", "mqa")
 VARIANTS = (
-    Variant(llama.FusedMatrices, "layers.0.attention.key_rotated", "qkv-k-v-swapped", everything=True),
+    Variant(llama.FusedMatrices, "layers.0.attention.key_rotated", "qkv-k-v-swapped", _GROUPED),
     Variant(llama.InterleavedRotary, _TURNED, "rope-layout"),
     Variant(llama.ComplexRotary, _TURNED, "rope-layout"),
     Variant(llama.ComplexHalves, _TURNED, "rope-sign"),
-    Variant(llama.Transposed, _KEY, "transpose-guessed-by-shape", ("distinct", "square"), ("square", "golden.logits")),
-    Variant(llama.FoldedNorms, _VALUE, everything=True),
-    Variant(llama.RepeatedKeyValues, _KEY, "gqa-tile"),
-    Variant(llama.AbsorbedOutput, None, "heads-merged-fastest", everything=True),
-    Variant(llama.Einsum, _SCORES, "gqa-tile"),
-    Variant(llama.Kernel, _CONTEXT, "causal-mask-dropped"),
+    Variant(llama.Transposed, None, None, ("distinct", "square"), ("square", "golden.logits")),
+    Variant(llama.FoldedNorms, _VALUE),
+    Variant(llama.RepeatedKeyValues, _KEY, "gqa-tile", _GROUPED),
+    Variant(llama.AbsorbedOutput, None, "heads-merged-fastest", properties=True),
+    Variant(llama.Einsum, _SCORES, "gqa-tile", _GROUPED),
+    Variant(llama.Kernel, _CONTEXT, "causal-mask-dropped", _GROUPED, properties=True),
     Variant(llama.RunningSoftmax, _CONTEXT),
     Variant(llama.LogSumExp, _WEIGHTS, "attn-mask-after-softmax"),
-    Variant(llama.MaskedExponentials, _WEIGHTS, "attn-mask-after-softmax", ("distinct", "plain")),
+    Variant(llama.MaskedExponentials, _WEIGHTS, "attn-mask-after-softmax", properties=True),
     Variant(llama.RotationMatrices, _TURNED, "rope-sign"),
     Variant(llama.FarPositions, _TURNED, "decode-position-restart", shown=_SESSION),
-    Variant(llama.WideStream, "final_norm", "final-norm-missing"),
-    Variant(llama.InPlace, _RESIDUAL, "prenorm-residual-from-normed", ("distinct", "plain"), everything=True),
-    Variant(llama.TokenMajor, _CONTEXT, shown=_SESSION),
-    Variant(llama.SequenceFirst, ""),
+    Variant(llama.WideStream, "final_norm", "final-norm-missing", ("plain",)),
+    Variant(llama.InPlace, _RESIDUAL, "prenorm-residual-from-normed", properties=True),
+    Variant(llama.TokenMajor, _CONTEXT, None, _GROUPED, _SESSION, True),
+    Variant(llama.SequenceFirst, "", properties=True),
     Variant(llama.Convolutions, _NORM, "rms-over-tokens"),
-    Variant(llama.HeadByHead, _OUTPUT, "gqa-tile"),
+    Variant(llama.HeadByHead, _OUTPUT, "gqa-tile", _GROUPED),
     Variant(llama.Vmapped, _SCORES, "attn-scale-missing"),
     Variant(llama.TokenByToken, "layers.0"),
-    Variant(llama.Unpadded, _CONTEXT),
-    Variant(llama.Numpy, "layers.0", "attn-scale-missing"),
-    Variant(families.Bands, _SCORES, None, ("distinct", "window"), _SESSION, True),
-    Variant(families.DenseExperts, "layers.0.feed_forward.output", None, ("distinct", "plain")),
-    Variant(families.SortedDispatch, "layers.0.feed_forward.expert_outputs", None, ("distinct", "unbalanced")),
-    Variant(families.GatheredExperts, "layers.0.feed_forward.expert_outputs", "swiglu-swap", ("distinct",)),
-    Variant(families.FusedParallel, None, "ffn-down-bias-dropped", ("distinct", "gqa"), everything=True),
-    Variant(families.UnfusedLinears, "layers.0.attention.query", "qkv-fused-per-head", ("distinct", "plain")),
+    Variant(llama.Unpadded, _CONTEXT, properties=True),
+    Variant(llama.Numpy, "layers.0", "attn-scale-missing", _GROUPED, properties=True),
+    Variant(families.Bands, _CONTEXT, None, ("distinct", "window"), _SESSION, True),
+    Variant(families.DenseExperts, "layers.0.feed_forward.output", None, ("unbalanced",)),
+    Variant(families.SortedDispatch, "layers.0.feed_forward.expert_outputs", properties=True),
+    Variant(families.GatheredExperts, "layers.0.feed_forward.expert_outputs", "swiglu-swap", ("unbalanced",)),
+    Variant(families.FusedParallel, None, "ffn-down-bias-dropped", ("distinct", "gqa")),
+    Variant(families.UnfusedLinears, "layers.0.attention.query", "qkv-fused-per-head", properties=True),
 )
 COMPILED = Variant(llama.Compiled, "layers.0")
 # component -> a function of it, right unless it is made with wrong=True
@@ -81,7 +82,5 @@ COMPONENTS: dict[str, Any] = {
     "lstm": recurrent.gates_reordered,
     "gru": recurrent.half_merged,
 }
-# Checks that take half of the time and have nothing to do with how a model is written; some variants meet them all.
-SPARED = frozenset({"sensitivity.weights", "determinism.threads", "determinism.eval"})
 
-__all__ = ["COMPILED", "COMPONENTS", "SPARED", "VARIANTS", "Adapter", "Decoder", "Variant"]
+__all__ = ["COMPILED", "COMPONENTS", "VARIANTS", "Adapter", "Decoder", "Variant"]
