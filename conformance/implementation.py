@@ -465,6 +465,7 @@ def _declared_arguments(function: Any) -> frozenset[str] | None:
 
 
 def as_tensor(value: Any, what: str) -> "Tensor":
+    import numpy
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -472,7 +473,8 @@ def as_tensor(value: Any, what: str) -> "Tensor":
     if value is None:
         raise Misbehaviour("type", f"the {what} are None, wanted a tensor")
     try:
-        return torch.as_tensor(value)
+        # A copy of an array: other libraries' may be read-only, of which torch warns
+        return torch.as_tensor(numpy.array(value) if hasattr(value, "__array__") else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise Misbehaviour("type", f"the {what} are a {type(value).__name__}, wanted a tensor or array") from error
 

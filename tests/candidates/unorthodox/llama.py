@@ -288,10 +288,16 @@ class WideStream(Decoder):
 
 
 class InPlace(Decoder):
-    """Whatever can be is written over what is no longer needed; logits lie in one buffer for all calls."""
+    """Whatever can be is written over what is no longer needed, without a record for autograd; logits lie in one buffer
+    for all calls.
+    """
 
     trainable = False
     board = torch.empty(0)
+
+    @torch.inference_mode()
+    def run(self, *arguments: Any) -> Tensor:
+        return super().run(*arguments)  # type: ignore[no-any-return]
 
     def block(self, layer: int, x: Tensor, angles: Tensor, seen: Tensor, cache: Any) -> Tensor:
         at = f"model.layers.{layer}."
@@ -486,7 +492,7 @@ class Unpadded(Decoder):
 
 
 class Numpy(Decoder):
-    """Not one floating operation of torch."""
+    """Not one floating operation of torch; logits are a read-only array, as other libraries return them."""
 
     dtypes, trainable = ("float64", "float32"), False
 
@@ -495,7 +501,9 @@ class Numpy(Decoder):
         self.type = next(iter(self.w.values())).dtype
 
     def run(self, ids: Tensor, positions: Tensor, seen: Tensor, caches: list[Any] | None) -> Any:
-        return super().run(ids.numpy(), positions.numpy(), seen.numpy(), caches)  # type: ignore[arg-type]
+        logits: Any = super().run(ids.numpy(), positions.numpy(), seen.numpy(), caches)  # type: ignore[arg-type]
+        logits.flags.writeable = False
+        return logits
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Any = None) -> Any:
         return super().__call__(input_ids, attention_mask, position_ids)
