@@ -7,7 +7,7 @@ that its passing means something.
 from dataclasses import dataclass
 from typing import Any
 
-from . import families, llama, recurrent
+from . import families, llama, recurrent, translator
 from .skeleton import Adapter, Decoder
 
 _NORM = "layers.0.attention.norm"
@@ -74,6 +74,7 @@ VARIANTS = (
     Variant(families.GatheredExperts, "layers.0.feed_forward.expert_outputs", "swiglu-swap", ("unbalanced",)),
     Variant(families.FusedParallel, None, "ffn-down-bias-dropped", ("distinct", "gqa")),
     Variant(families.UnfusedLinears, "layers.0.attention.query", "qkv-fused-per-head", properties=True),
+    Variant(translator.JointMemory, "decoder.layers.0.cross_attention.context", properties=True),
 )
 COMPILED = Variant(llama.Compiled, "layers.0")
 # component -> a function of it, right unless it is made with wrong=True

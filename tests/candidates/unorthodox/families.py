@@ -25,7 +25,7 @@ class Ring(Cache):
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.held is None:
-            self.held = tuple(x.new_zeros(*x.shape[:2], self.size, x.shape[3]) for x in (keys, values))  # type: ignore
+            self.held = tuple(x.new_zeros(*x.shape[:2], self.size, x.shape[3]) for x in (keys, values))
         assert self.held is not None
         old = torch.arange(max(0, self.fed - self.size), self.fed) % self.size
         k, v = (torch.cat((held[:, :, old], new), dim=2)

@@ -1,4 +1,4 @@
-"""Llama, right and unusual: each class replaces a piece of the skeleton; `self.wrong` is the one mistake it can make."""
+"""Llama, right and unusual: each class replaces a piece of the skeleton; `self.wrong` is its one mistake."""
 
 from functools import cache
 from typing import Any
@@ -297,7 +297,7 @@ class InPlace(Decoder):
 
     @torch.inference_mode()
     def run(self, *arguments: Any) -> Tensor:
-        return super().run(*arguments)  # type: ignore[no-any-return]
+        return super().run(*arguments)
 
     def block(self, layer: int, x: Tensor, angles: Tensor, seen: Tensor, cache: Any) -> Tensor:
         at = f"model.layers.{layer}."
@@ -458,7 +458,7 @@ class Vmapped(Decoder):
 
         queries = torch.vmap(one, in_dims=(0, None, None, 0))
         heads = torch.vmap(queries, in_dims=(0, 0, 0, None))
-        return torch.vmap(heads)(q, self.repeat(k), self.repeat(v), seen)  # type: ignore[no-any-return]
+        return torch.vmap(heads)(q, self.repeat(k), self.repeat(v), seen)
 
 
 class TokenByToken(Decoder):
@@ -501,7 +501,7 @@ class Numpy(Decoder):
         self.type = next(iter(self.w.values())).dtype
 
     def run(self, ids: Tensor, positions: Tensor, seen: Tensor, caches: list[Any] | None) -> Any:
-        logits: Any = super().run(ids.numpy(), positions.numpy(), seen.numpy(), caches)  # type: ignore[arg-type]
+        logits: Any = super().run(ids.numpy(), positions.numpy(), seen.numpy(), caches)
         logits.flags.writeable = False
         return logits
 
@@ -552,7 +552,7 @@ class NumpyCache(Cache):
         return self.held
 
     def bytes(self) -> int:
-        return sum(x.nbytes for x in self.held or ())  # type: ignore[attr-defined]
+        return sum(x.nbytes for x in self.held or ())
 
 
 def feed_forward_half(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -580,4 +580,4 @@ class Compiled(Decoder):
         x = x + self.attention(at, self.norm(x, at + "input_layernorm"), angles, seen, cache)
         parts = ("up", "gate", "down") if self.wrong else ("gate", "up", "down")
         matrices = (self.w[f"{at}mlp.{part}_proj.weight"] for part in parts)
-        return self.compiled(x, self.gain(at + "post_attention_layernorm"), self.eps, *matrices)  # type: ignore
+        return self.compiled(x, self.gain(at + "post_attention_layernorm"), self.eps, *matrices)

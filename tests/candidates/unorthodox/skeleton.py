@@ -1,4 +1,4 @@
-"""A plain pre-norm decoder over the hub's tensors, cut into small methods of which each unorthodox variant replaces some.
+"""A plain pre-norm decoder over the hub's tensors, cut into small methods of which each variant replaces some.
 
 Shapes: b batch, t tokens of this call, s tokens so far, h query heads, k key-value heads, e head_dim, d hidden.  Unless
 a variant says otherwise the stream is (b, t, d), and queries, keys, values are (b, heads, t, e).  Llama, Mistral and
