@@ -154,9 +154,7 @@ class FusedParallel(Decoder):
         return x + self.linear(inner, at + "out")
 
     def logits(self, x: Tensor) -> Tensor:
-        tied = self.config.get("tie_word_embeddings", False)
-        head = self.w["model.embed_tokens.weight" if tied else "lm_head.weight"]
-        return F.linear(self.norm(x, "model.final_layernorm"), head, self.w["lm_head.bias"])
+        return self.linear(self.norm(x, "model.final_layernorm"), "lm_head")
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.w[name + ".weight"], self.w[name + ".bias"], self.eps)
@@ -165,7 +163,7 @@ class FusedParallel(Decoder):
 class UnfusedLinears(Decoder):
     """GPT-2 with a transposed matrix of its own for each projection, (out, in), and LayerNorm as E[x²] − E[x]²."""
 
-    family, trainable = "gpt2", False
+    family, table, trainable = "gpt2", "transformer.wte.weight", False
 
     def read(self) -> None:
         config = self.config
@@ -191,7 +189,7 @@ class UnfusedLinears(Decoder):
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         table = self.w["transformer.wpe.weight"]
         places = F.one_hot(positions.expand_as(ids), len(table)).to(table.dtype)
-        return F.embedding(ids, self.w["transformer.wte.weight"]) + places @ table
+        return F.embedding(ids, self.w[self.table]) + places @ table
 
     def angles(self, positions: Tensor) -> None:
         return None
@@ -208,7 +206,8 @@ class UnfusedLinears(Decoder):
         return x + self.linear(self.activation(up), at + "mlp.c_proj")
 
     def logits(self, x: Tensor) -> Tensor:
-        return self.norm(x, "transformer.ln_f") @ self.w["transformer.wte.weight"].T
+        head = self.w.get("lm_head.weight", self.w[self.table])  # tied unless the config says otherwise
+        return self.norm(x, "transformer.ln_f") @ head.T
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         precise = x.to(wide(x.dtype))

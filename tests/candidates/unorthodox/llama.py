@@ -177,7 +177,7 @@ class Einsum(Decoder):
     """Every product is an einsum, the embedding one of one-hot vectors; key-value heads are never repeated."""
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        table = self.w["model.embed_tokens.weight"]
+        table = self.w[self.table]
         return torch.einsum("btv,vd->btd", F.one_hot(ids, len(table)).to(table.dtype), table)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
@@ -512,7 +512,7 @@ class Numpy(Decoder):
         return NumpyCache()
 
     def embed(self, ids: Any, positions: Any) -> Any:
-        return self.w["model.embed_tokens.weight"][ids]
+        return self.w[self.table][ids]
 
     def angles(self, positions: Any) -> Any:
         return positions[..., None] * np.asarray(self.turning, self.type)

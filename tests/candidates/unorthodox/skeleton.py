@@ -33,7 +33,7 @@ class Cache:
 class Decoder:
     """wrong: whether the variant makes its one mistake."""
 
-    family = "llama"
+    family, table = "llama", "model.embed_tokens.weight"
     dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")
     # Whether what is computed comes from the hub's tensors at every call, so that gradients reach them.
     trainable = True
@@ -42,6 +42,8 @@ class Decoder:
         self.config, self.wrong, self.w = config, wrong, dict(tensors)
         if self.trainable:
             self.parameters = dict(tensors)
+        if config.get("tie_word_embeddings", False) and self.table in self.w:
+            self.w["lm_head.weight"] = self.w[self.table]
         self.dtype = next(iter(tensors.values())).dtype
         self.read()
         self.prepare()
@@ -51,8 +53,8 @@ class Decoder:
         self.layers, self.heads = config["num_hidden_layers"], config["num_attention_heads"]
         self.kv_heads = config.get("num_key_value_heads") or self.heads
         self.head_dim = config.get("head_dim") or config["hidden_size"] // self.heads
-        self.eps, self.window = config["rms_norm_eps"], config.get("sliding_window")
-        self.activation = ACTIVATIONS[config["hidden_act"]]
+        self.eps, self.window = config.get("rms_norm_eps", 1e-6), config.get("sliding_window")
+        self.activation = ACTIVATIONS[config.get("hidden_act", "silu")]
         self.turning = frequencies(config, self.head_dim, self.head_dim)
 
     def prepare(self) -> None:
@@ -107,7 +109,7 @@ class Decoder:
         return self.logits(x)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Any:
-        return F.embedding(ids, self.w["model.embed_tokens.weight"])
+        return F.embedding(ids, self.w[self.table])
 
     def block(self, layer: int, x: Any, angles: Any, seen: Tensor, cache: Any) -> Any:
         at = f"model.layers.{layer}."
@@ -135,8 +137,7 @@ class Decoder:
         return self.linear(self.activation(gate) * up, at + "mlp.down_proj")
 
     def logits(self, x: Any) -> Any:
-        tied = self.config.get("tie_word_embeddings", False)
-        return self.linear(self.norm(x, "model.norm"), "model.embed_tokens" if tied else "lm_head")
+        return self.linear(self.norm(x, "model.norm"), "lm_head")
 
     # --- parts ---
 

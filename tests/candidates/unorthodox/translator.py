@@ -17,6 +17,7 @@ class JointMemory(Decoder):
     """The matrices of all cross-attentions lie in one, k0 v0 k1 v1 …; attention is the fused kernel's."""
 
     family, trainable = "transformer", False
+    table = "model.shared.weight"
 
     def read(self) -> None:
         config = self.config
@@ -66,16 +67,18 @@ class JointMemory(Decoder):
             q = self.linear(x, at + "encoder_attn.q_proj")
             x = self.add_and_norm(x, self.mixed("decoder", q, keys, values, source), at + "encoder_attn")
             x = self.feed_forward(at, x)
-        head = self.w.get("lm_head.weight", self.table("decoder"))
+        head = self.w.get("lm_head.weight", self.embedding("decoder"))
         return F.linear(x, head) + self.w["final_logits_bias"]
 
     def stream(self, side: str, ids: Tensor, place: Tensor) -> Tensor:
         scale = self.size**0.5 if self.config["scale_embedding"] else 1.0
         turns = 10000.0 ** (-torch.arange(0, self.size, 2, dtype=torch.float64) / self.size)
         angles = place.clamp(min=0).double()[..., None] * turns
-        return F.embedding(ids, self.table(side)) * scale + torch.cat((angles.sin(), angles.cos()), -1).to(self.dtype)
+        return F.embedding(ids, self.embedding(side)) * scale + torch.cat((angles.sin(), angles.cos()), -1).to(
+            self.dtype
+        )
 
-    def table(self, side: str) -> Tensor:
+    def embedding(self, side: str) -> Tensor:
         own = f"model.{side}.embed_tokens.weight"
         return self.w[own] if own in self.w else self.w["model.shared.weight"]
 
