@@ -50,7 +50,7 @@ VARIANTS = (
     Variant(llama.Transposed, None, None, ("distinct", "square"), ("square", "golden.logits")),
     Variant(llama.FoldedNorms, _VALUE),
     Variant(llama.RepeatedKeyValues, _KEY, "gqa-tile", _GROUPED),
-    Variant(llama.AbsorbedOutput, None, "heads-merged-fastest", properties=True),
+    Variant(llama.AbsorbedOutput, None, "heads-merged-fastest"),
     Variant(llama.Einsum, _SCORES, "gqa-tile", _GROUPED),
     Variant(llama.Kernel, _CONTEXT, "causal-mask-dropped", _GROUPED, properties=True),
     Variant(llama.RunningSoftmax, _CONTEXT),
