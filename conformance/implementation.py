@@ -341,11 +341,12 @@ class Candidate:
                     "type", f"a {type(returned).__name__} of {shapes} was returned; exactly one must be {wanted}"
                 )
             returned = fitting[0]
-        losses = {name: as_tensor(loss, name) for name, loss in losses.items() if loss is not None}
+        # Copies: an engine may return the same buffer again and again
+        losses = {name: as_tensor(loss, name).clone() for name, loss in losses.items() if loss is not None}
         for name, loss in losses.items():
             if loss.numel() != 1:
                 raise Misbehaviour("shape", f"a {name} of shape {tuple(loss.shape)}, wanted a single number")
-        return Output(self._logits(returned, wanted), {name: loss.reshape(()) for name, loss in losses.items()})
+        return Output(self._logits(returned, wanted).clone(), {name: loss.reshape(()) for name, loss in losses.items()})
 
     def _logits(self, returned: Any, wanted: tuple[int, ...]) -> "Tensor":
         import torch
@@ -381,8 +382,7 @@ class Session:
             passed["attention_mask"] = attention_mask.clone().to(self.candidate.device)
         with running("session.feed(…)"):
             returned = self.session.feed(input_ids.clone().to(self.candidate.device), **passed)
-        # An engine may return the same buffer again and again
-        return self.candidate._normalise(returned, tuple(input_ids.shape)).logits.clone()
+        return self.candidate._normalise(returned, tuple(input_ids.shape)).logits
 
     def state_bytes(self) -> int:
         """Memory that the session says it holds, in bytes.
@@ -465,6 +465,7 @@ def _declared_arguments(function: Any) -> frozenset[str] | None:
 
 
 def as_tensor(value: Any, what: str) -> "Tensor":
+    import numpy
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -472,7 +473,8 @@ def as_tensor(value: Any, what: str) -> "Tensor":
     if value is None:
         raise Misbehaviour("type", f"the {what} are None, wanted a tensor")
     try:
-        return torch.as_tensor(value)
+        # A copy of an array: other libraries' may be read-only, of which torch warns
+        return torch.as_tensor(numpy.array(value) if hasattr(value, "__array__") else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise Misbehaviour("type", f"the {what} are a {type(value).__name__}, wanted a tensor or array") from error
 
