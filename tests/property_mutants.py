@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from conformance.implementations.reference import Reference
-from reference_impl.models import transformer
+from reference_impl.models import transformer, transformer_xl
 from reference_impl.models.gpt2 import GPT2
 from reference_impl.models.llama import Llama
 from reference_impl.nn import (
@@ -24,6 +24,7 @@ from reference_impl.nn import (
     norm,
     recurrent,
     rotary,
+    segment_memory,
     sequence_attention,
     switch,
 )
@@ -242,6 +243,60 @@ def _without_first(tokens: masks.Tokens, mask: Tensor, queries: int, window: int
 
 
 mutant("reach.last_row", "llama/plain", "no token sees the first one")(_seen(_without_first))
+
+
+def _remembers(by: int) -> Callable[[pytest.MonkeyPatch], None]:
+    """So many tokens more than mem_len."""
+
+    def patched(patch: pytest.MonkeyPatch) -> None:
+        right = segment_memory.remember
+        patch.setattr(segment_memory, "remember", lambda old, new, mem_len: right(old, new, mem_len + by))
+
+    return patched
+
+
+mutant("reach.memory", "transformer_xl/distinct", "the memory is one token shorter")(_remembers(-1))
+mutant("reach.memory", "transformer_xl/distinct", "the memory is one token longer")(_remembers(1))
+mutant("reach.memory", "transformer_xl/plain", "nothing is remembered")(_remembers(-10_000))
+
+
+def _of_layer(which: Callable[[list[Tensor]], list[Tensor]]) -> Callable[[pytest.MonkeyPatch], None]:
+    """Memories of other layers than their own; `which` gets what entered each layer and what left the last one."""
+
+    def patched(patch: pytest.MonkeyPatch) -> None:
+        right, left = segment_memory.SegmentMemory.commit, []
+        block = transformer_xl.TransformerXLLayer.forward
+
+        def forward(*arguments: Any) -> Tensor:
+            left[:] = [block(*arguments)]
+            return left[0]
+
+        patch.setattr(transformer_xl.TransformerXLLayer, "forward", forward)
+        patch.setattr(
+            segment_memory.SegmentMemory, "commit", lambda memory, entered: right(memory, which([*entered, *left]))
+        )
+
+    return patched
+
+
+mutant("reach.memory", "transformer_xl/distinct", "a layer remembers what left it: memories that reach back for ever")(
+    _of_layer(lambda streams: streams[1:])
+)
+mutant("reach.memory", "transformer_xl/distinct", "every layer remembers what entered the first one")(
+    _of_layer(lambda streams: streams[:1] * (len(streams) - 1))
+)
+
+
+@mutant("reach.memory", "transformer_xl/distinct", "only the last segment is remembered")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = segment_memory.remember
+    patch.setattr(segment_memory, "remember", lambda old, new, mem_len: right(None, new, mem_len))
+
+
+mutant("reach.memory", "transformer_xl/field-mem_len-window", "the window has one key more: the query's own is not counted")(
+    _wider(1)
+)
+mutant("reach.last_row", "transformer_xl/field-mem_len-window", "same_length is ignored")(_wider(10_000))
 
 
 # --- cache -----------------------------------------------------------------------------------------------------------
@@ -553,6 +608,14 @@ def _(patch: pytest.MonkeyPatch) -> None:
         return weights.detach(), experts
 
     patch.setattr(moe, "route", route)
+
+
+@mutant("gradients.memory", "transformer_xl/plain", "gradients flow into the memory")
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        segment_memory, "remember",
+        lambda old, new, mem_len: new if old is None else torch.cat((old, new), dim=1)[:, -mem_len:],
+    )  # fmt: skip
 
 
 @mutant("gradients.tied", "gpt2/plain", "the head is a copy of the table: its share of the gradient is lost")

@@ -5,8 +5,9 @@ on the configuration (a tied head, a window, shared key-value heads) is asked of
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 Config = dict[str, Any]
@@ -101,6 +102,7 @@ class Properties:
     exceptions: a check, or a check and a dtype ("batching.alone float32") or a case ("cache.any_plan distinct"), that
         does not hold -> why.
     windows: config -> for each layer the keys that a query sees, itself included; None: all up to itself.
+    memory: config -> tokens before a segment that each layer remembers, of a model that is fed in segments.
     tied: whether head and embedding table are one tensor in a configuration.
     shift: whether positions only matter by their distance.
     positions: hub name of the table in which positions are looked up, where they are.
@@ -117,6 +119,7 @@ class Properties:
     tied: Callable[[Config], bool]
     claims: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: EVERY | DECODER)
     exceptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    memory: Callable[[Config], int] | None = None
     shift: bool = False
     positions: str | None = None
     positionless: Callable[[Config, Any], tuple[Config, Any]] | None = None
@@ -132,6 +135,8 @@ class Properties:
         claims = dict(self.claims)
         if self.tied(config):
             claims["gradients.tied"] = _DOUBLE
+        if self.memory is not None:
+            claims |= {"reach.memory": _DOUBLE, "gradients.memory": _DOUBLE}
         if self.shift:
             claims["invariance.shift"] = _DOUBLE
         if self.positionless is not None:
@@ -153,3 +158,20 @@ def reach(windows: tuple[int | None, ...]) -> int | None:
     Each layer sees `window` keys, its own among them, and so hands on what lies up to window − 1 tokens further back.
     """
     return None if any(w is None for w in windows) else 1 + sum(w - 1 for w in windows if w is not None)
+
+
+def remembered(windows: tuple[int | None, ...], memory: int, plan: Sequence[int]) -> int:
+    """Index of the first token that moves the last row of a text fed in segments of the planned sizes.
+
+    A query sees its segment up to itself and what entered its layer for the last `memory` tokens before the segment,
+    `window` keys of these at most.  What it sees there was made in the layer below, in the segment of that time, which
+    saw as far back again (Dai et al. 2019, arXiv:1901.02860, section 3.2: O(N × L) for N layers and segments of L).
+    With a memory of 2, two layers and segments of 3, the last of 9 tokens sees tokens 4 to 8, and token 4, of the
+    segment that begins with 3, saw tokens 1 to 4: the first that counts is 1.
+    """
+    starts = [0, *accumulate(plan)][:-1]
+    first = sum(plan) - 1
+    for window in reversed(windows):
+        segment = max(start for start in starts if start <= first)
+        first = max(0, segment - memory, 0 if window is None else first - window + 1)
+    return first

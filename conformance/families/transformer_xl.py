@@ -435,6 +435,10 @@ _EXCEPTIONS = {
 }
 
 
+def _windows(config: Config) -> tuple[int | None, ...]:
+    return (config["mem_len"] if config["same_length"] else None,) * config["n_layer"]
+
+
 _EQUATIONS = r"""
 With x (seq, d_model) the residual stream, which starts as sqrt(d_model) · P_c E_c[id], c the id's cluster, for each
 block, m being what entered it for the last mem_len tokens before the segment:
@@ -494,8 +498,10 @@ FAMILY = Family(
     block_checkpoint=block_checkpoint,
     properties=Properties(
         table=lambda config: "transformer.word_emb.emb_layers.0.weight",
-        windows=lambda config: (None,) * config["n_layer"],
+        windows=_windows,
+        memory=lambda config: config["mem_len"],
         tied=lambda config: False,
         exceptions=_EXCEPTIONS,
+        cases=("plain", "distinct", "field-mem_len-window"),
     ),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from conformance.implementation import Misbehaviour
 from conformance.strategies import interleaved, plans, ragged_plans
 from conformance.suite import drawn
-from conformance.suite.feeding import feed, parts
+from conformance.suite.feeding import equal_calls, feed, parts
 from conformance.suite.padding import moved, padded_ids, row_truth
 from conformance.suite.related import pieces_agree
 from conformance.suite.test_batching import DECODED as RAGGED_STEPS
@@ -115,7 +115,7 @@ def test_any_plan(judge: "Judge") -> None:
     most = drawn.usual(judge)
     chosen = [[1] * most, [most - 3, 1, 1, 1]]
     for window in {window for window in drawn.windows(judge) if window is not None}:
-        chosen += [_calls(most, size) for size in (window - 1, window, window + 1) if size > 1]
+        chosen += [equal_calls(most, size) for size in (window - 1, window, window + 1) if size > 1]
     first = [{"ids": 0, "batch": 2, "plan": plan} for plan in chosen]
     judge.search(plans(most), holds, first)
 
@@ -161,8 +161,3 @@ def test_ragged_plan(judge: "Judge") -> None:
 
     first = [{"ids": 0, "lengths": [2, 1, 5], "extra": 1, "plan": [2, 3, 1]}]
     judge.search(ragged_plans(drawn.usual(judge), RAGGED_STEPS), holds, first)
-
-
-def _calls(total: int, size: int) -> list[int]:
-    """Calls of one size, and what is left."""
-    return [size] * (total // size) + ([total % size] if total % size else [])
