@@ -37,15 +37,18 @@ DECODER: Claims = {
     "reach.last_row": _DOUBLE,
     "reach.one_layer": _DOUBLE,
     "cache.any_plan": _FINE,
-    "cache.fresh_session": _DOUBLE,
-    "cache.interleaved": _DOUBLE,
+    "cache.fresh_session": _FINE,
+    "cache.interleaved": _FINE,
     "cache.ragged_plan": _DOUBLE,
     "batching.decoding": _DOUBLE,
+    "batching.packed": _DOUBLE,
 }
+# Of an encoder–decoder no layer can be had alone, and its texts are not packed.
+_NOT_WITH_A_SOURCE = ("reach.one_layer", "batching.packed")
 
 
-# The same for a decoder that reads a source through an encoder.  One of its layers cannot be had alone.
-ENCODER_DECODER: Claims = {check: dtypes for check, dtypes in DECODER.items() if check != "reach.one_layer"} | {
+# The same for a decoder that reads a source through an encoder.
+ENCODER_DECODER: Claims = {check: dtypes for check, dtypes in DECODER.items() if check not in _NOT_WITH_A_SOURCE} | {
     "causality.source": _DOUBLE,
     "batching.source_padding": _DOUBLE,
 }
@@ -53,9 +56,15 @@ ENCODER_DECODER: Claims = {check: dtypes for check, dtypes in DECODER.items() if
 
 # Why a model with a router makes an exception of float32.
 ROUTED = dict.fromkeys(
-    (f"{check} float32" for check in ("causality.prefix", "cache.any_plan", "batching.alone", "batching.padding")),
+    (
+        f"{check} float32"
+        for check in (
+            "causality.prefix", "cache.any_plan", "cache.fresh_session", "cache.interleaved", "batching.alone",
+            "batching.padding",
+        )
+    ),
     "rounding may send a token to another expert",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +115,8 @@ class Properties:
     tied: whether head and embedding table are one tensor in a configuration.
     shift: whether positions only matter by their distance.
     positions: hub name of the table in which positions are looked up, where they are.
+    attention_output: regular expression over hub names that finds the output projection of each layer's attention, the
+        layer's number its first group; stated where windows differ from layer to layer.
     positionless: config, weights -> a checkpoint in which positions do not count, whose encoder sees a source as a bag
         of tokens; only of a model that has such.
     twins: name of a check of the group `invariance` -> checkpoints that it compares.
@@ -122,6 +133,7 @@ class Properties:
     memory: Callable[[Config], int] | None = None
     shift: bool = False
     positions: str | None = None
+    attention_output: str | None = None
     positionless: Callable[[Config, Any], tuple[Config, Any]] | None = None
     twins: Mapping[str, Twins] = dataclasses.field(default_factory=dict)
     untrained: frozenset[str] = frozenset()
@@ -139,6 +151,10 @@ class Properties:
             claims |= {"reach.memory": _DOUBLE, "gradients.memory": _DOUBLE}
         if self.shift:
             claims["invariance.shift"] = _DOUBLE
+        if self.attention_output is not None and len(set(self.windows(config))) > 1:
+            claims["reach.each_layer"] = _DOUBLE
+        if self.shift or self.memory is not None or (self.positions is not None and None in self.windows(config)):
+            claims["invariance.weights_sum_to_one"] = _DOUBLE
         if self.positionless is not None:
             claims["causality.encoder"] = _DOUBLE
         if self.positions is not None and None in self.windows(config):

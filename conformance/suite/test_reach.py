@@ -1,5 +1,6 @@
 """Reach: which tokens move the logits of the last one: all those that the configuration says, and no other."""
 
+import re
 from typing import TYPE_CHECKING
 
 from conformance.families.properties import reach, remembered
@@ -44,23 +45,54 @@ def test_one_layer(judge: "Judge") -> None:
 
     Each layer stands in a checkpoint of its own, whose embedding table is drawn.
     """
+    tokens = min(judge.candidate.vocab, 4 * drawn.USUAL_TOKENS)
+    width = drawn.family(judge).probe_sizes(judge.case.config, 1, 1)["hidden"]
+
+    def load(layer: int) -> "Candidate":
+        return drawn.one_layer(judge, floats(0, "table", (tokens, width)), layer)
+
+    _layer_by_layer(judge, load, tokens, "layer {} alone: ")
+
+
+def test_each_layer(judge: "Judge") -> None:
+    """Where windows differ from layer to layer, each layer of the whole model has its own: the pattern is not shifted.
+
+    In the case's checkpoint the output projections of all other layers' attention are zero, so that nothing but this
+    layer carries anything from one token to another.
+    """
+    pattern = drawn.properties(judge).attention_output
+    assert pattern is not None
+
+    def load(layer: int) -> "Candidate":
+        others = {
+            name: tensor * 0
+            for name, tensor in judge.case.weights.items()
+            if (found := re.search(pattern, name)) and int(found[1]) != layer
+        }
+        return judge.load_other(judge.case.config, judge.case.weights | others)
+
+    _layer_by_layer(judge, load, drawn.usable(judge), "where layer {} alone attends: ")
+
+
+def _layer_by_layer(judge: "Judge", load: "Callable[[int], Candidate]", tokens: int, where: str) -> None:
+    """For each layer: what moves the last row of the model that is loaded for it is the last `window` of its tokens.
+
+    tokens: how many ids the models have.
+    """
     from hypothesis import strategies as st
 
     windows = drawn.windows(judge)
-    tokens = min(judge.candidate.vocab, 4 * drawn.USUAL_TOKENS)
-    width = drawn.family(judge).probe_sizes(judge.case.config, 1, 1)["hidden"]
     loaded: dict[int, Candidate] = {}
 
     def holds(example: "Example") -> None:
         layer = example["layer"]
         if layer not in loaded:
-            loaded[layer] = drawn.one_layer(judge, floats(0, "table", (tokens, width)), layer)
+            loaded[layer] = load(layer)
         window = windows[layer]
         length = drawn.USUAL_TOKENS if window is None else window + BEYOND
-        ids = drawn.ids(judge, example["ids"], 1, min(length, drawn.longest(judge))) % tokens
-        text = drawn.Text(ids, None)
+        text = drawn.Text(drawn.ids(judge, example["ids"], 1, min(length, drawn.longest(judge))) % tokens, None)
         moving = _moving(judge, text, lambda rows: drawn.logits_of(judge, loaded[layer], rows), tokens)
-        _exactly(moving, 0 if window is None else max(0, len(moving) - window), f"layer {layer} alone: ")
+        _exactly(moving, 0 if window is None else max(0, len(moving) - window), where.format(layer))
 
     first = [{"layer": layer, "ids": 0} for layer in range(len(windows))]
     drawn_ = st.fixed_dictionaries({"layer": st.integers(0, len(windows) - 1), "ids": SEEDS})
