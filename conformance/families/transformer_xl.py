@@ -437,7 +437,8 @@ _EXCEPTIONS = {
 
 
 def _windows(config: Config) -> tuple[int | None, ...]:
-    return (config["mem_len"] if config["same_length"] else None,) * config["n_layer"]
+    window: int | None = config["mem_len"] if config["same_length"] else None
+    return (window,) * int(config["n_layer"])
 
 
 _EQUATIONS = r"""

@@ -42,7 +42,6 @@ def test_memory(judge: "Judge") -> None:
 
     The loss is a cross-entropy of the last segment's logits alone.  All gradients share one scale, the largest of them.
     """
-    import torch
 
     names = sorted(judge.case.weights.keys() - drawn.properties(judge).untrained)
     parameters = judge.candidate.parameters(names)
@@ -52,17 +51,17 @@ def test_memory(judge: "Judge") -> None:
     def holds(example: "Example") -> None:
         plan = [*example["plan"], TOKENS]
         text = drawn.text(judge, example["ids"], example["batch"], sum(plan))
-        with_, without = (_of_last_segment(judge, parameters, text.ids, plan, recorded) for recorded in (True, False))
-        same = [torch.cat([tensor.flatten() for tensor in gradients]) for gradients in (with_, without)]
-        judge.same(*same, "gradients of a segment differ when those before it were fed with gradients being recorded")
+        recorded, without = (_of_last_segment(judge, parameters, text.ids, plan, flag) for flag in (True, False))
+        what = "gradients of a segment differ when those before it were fed with gradients being recorded"
+        judge.same(recorded, without, what)
 
     judge.search(plans(drawn.usual(judge)), holds, [{"ids": 0, "batch": 2, "plan": [2, 3]}])
 
 
 def _of_last_segment(
     judge: "Judge", parameters: "dict[str, Tensor]", ids: "Tensor", plan: list[int], recorded: bool
-) -> "list[Tensor]":
-    """Gradients of the last segment's loss; recorded: whether the segments before it are fed with gradients."""
+) -> "Tensor":
+    """Gradients of the last segment's loss, all in one row; recorded: whether the others are fed with gradients."""
     import torch
 
     _forget(parameters)
@@ -79,7 +78,7 @@ def _of_last_segment(
         with running("loss.backward()"):
             loss.backward()
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
-    return [gradient.detach().clone() for gradient in found]
+    return torch.cat([gradient.detach().flatten() for gradient in found])
 
 
 def _forget(parameters: "dict[str, Tensor]") -> None:

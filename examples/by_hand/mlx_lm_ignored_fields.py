@@ -24,17 +24,21 @@ def rope(kind="default", **more):
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
 
 
-# What config.json says, what mlx-lm computes instead, and what is written beside in the spelling of transformers 4.x
+# What is written beside, in the spelling of transformers 4.x
+OLD, HALF = {"rope_theta": 10000.0}, {"partial_rotary_factor": 0.5}
+LINEAR = {"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 4.0}}
+# What config.json says, what mlx-lm computes instead, and what is written beside
 CASES = {
     "llama rope_theta": (LlamaConfig, rope(rope_theta=100.0), rope(), {}),
     "llama linear scaling": (LlamaConfig, rope("linear", factor=4.0), rope(), {}),
     "llama hidden_act": (LlamaConfig, {"hidden_act": "gelu"}, {}, {}),
     "mistral sliding_window": (MistralConfig, {"sliding_window": 5}, {"sliding_window": None}, {}),
-    "mixtral linear scaling": (
-        MixtralConfig, rope("linear", factor=4.0), rope(),
-        {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 4.0}},
-    ),
+    "mixtral sliding_window": (MixtralConfig, {"sliding_window": 5}, {"sliding_window": None}, {}),
+    "mixtral linear scaling": (MixtralConfig, rope("linear", factor=4.0), rope(), OLD | LINEAR),
+    "mixtral hidden_act": (MixtralConfig, {"hidden_act": "gelu"}, {}, {}),
+    "phi linear scaling": (PhiConfig, rope("linear", factor=4.0), rope(), OLD | HALF | LINEAR),
     "phi rotary share": (PhiConfig, rope(partial_rotary_factor=0.5), rope(partial_rotary_factor=0.4), {}),
+    "phi hidden_act": (PhiConfig, {"hidden_act": "relu"}, {}, OLD | HALF),
 }  # fmt: skip
 
 
