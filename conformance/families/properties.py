@@ -123,6 +123,7 @@ class Properties:
     untrained: names of tensors of a checkpoint that are not parameters and get no gradient.
     unmoved: regular expression over hub names -> why a tensor of that name may change and the logits stay.
     cases: the cases whose checkpoints are searched.
+    also: a further case -> the checks that it is searched with, no others.
     """
 
     table: Callable[[Config], str]
@@ -139,10 +140,12 @@ class Properties:
     untrained: frozenset[str] = frozenset()
     unmoved: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cases: tuple[str, ...] = ("plain", "distinct")
+    also: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def of(self, case: str, config: Config) -> Claims:
         """The claims of a case: check -> dtypes."""
-        if case.split("/")[1] not in self.cases:
+        which = case.split("/")[1]
+        if which not in self.cases and which not in self.also:
             return {}
         claims = dict(self.claims)
         if self.tied(config):
@@ -163,7 +166,7 @@ class Properties:
         kept = {
             check: tuple(dtype for dtype in dtypes if f"{check} {dtype}" not in self.exceptions)
             for check, dtypes in claims.items()
-            if not {check, f"{check} {case.split('/')[1]}"} & self.exceptions.keys()
+            if not {check, f"{check} {which}"} & self.exceptions.keys() and check in self.also.get(which, (check,))
         }
         return {check: dtypes for check, dtypes in kept.items() if dtypes}
 

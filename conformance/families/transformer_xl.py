@@ -504,6 +504,10 @@ FAMILY = Family(
         memory=lambda config: config["mem_len"],
         tied=lambda config: False,
         exceptions=_EXCEPTIONS,
-        cases=("plain", "distinct", "field-mem_len-window"),
+        also={
+            "field-mem_len-window": (
+                "cache.any_plan", "cache.fresh_session", "reach.last_row", "reach.one_layer", "reach.memory",
+            )
+        },
     ),
 )  # fmt: skip
