@@ -83,6 +83,11 @@ def ragged_texts(draw: "DrawFn", longest: int) -> "Example":
     return {"ids": draw(SEEDS), "lengths": lengths, "side": draw(SIDES), "extra": extra}
 
 
+def packed_texts(longest: int) -> "SearchStrategy[Example]":
+    """Texts of different lengths, one behind the other: {"ids", "lengths"}; together as many tokens as `longest`."""
+    return st.fixed_dictionaries({"ids": SEEDS, "lengths": plan_of(longest)})
+
+
 @st.composite
 def plans(draw: "DrawFn", longest: int, *, rows: int = 2) -> "Example":
     """A text and how it is cut into calls: {"ids", "batch", "plan"}; the plan's sizes add up to at most `longest`."""

@@ -8,6 +8,7 @@ import torch
 
 from conformance import check
 from conformance.implementations.reference import Reference
+from reference_impl.nn import segment_memory
 from reference_impl.nn.kv_cache import KVCache, Session
 
 WINDOWED = "mistral/window"
@@ -82,6 +83,17 @@ def test_the_smallest_growth_fails() -> None:
     result = constant_state(change)
     assert (result.outcome, result.kind) == ("fail", "state grows")
     assert "1,000 bytes after 10 tokens and 1,001 after 17" in result.message
+
+
+def test_a_memory_of_segments_that_keeps_everything_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = "transformer_xl/field-mem_len", "cache.constant_state", "float32"
+    assert check("reference", *claim).outcome == "pass"
+    monkeypatch.setattr(
+        segment_memory, "remember", lambda old, new, _: new if old is None else torch.cat((old, new), 1)
+    )
+    result = check("reference", *claim)
+    assert (result.outcome, result.kind) == ("fail", "state grows")
+    assert "with mem_len=5 no key older than that is seen again" in result.message
 
 
 # --- packing
