@@ -1,5 +1,6 @@
 """What the configs of all families share: strict reading of config.json, and checks that name what cannot be right."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import Field, asdict, fields
 from typing import Any, get_args
@@ -51,8 +52,10 @@ def typed(field: Field[Any], value: Any) -> Any:
 
 
 def require_positive(config: Any, *, but: tuple[str, ...] = ()) -> None:
-    """Raises ValueError if a number among the fields, but for those named in `but`, is not greater than 0."""
+    """Raises ValueError if a number among the fields is not finite or, but for those named in `but`, not above 0."""
     for name, value in asdict(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be finite")
         if name not in but and isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
             raise ValueError(f"{name}={value} must be greater than 0")
 

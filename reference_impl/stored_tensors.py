@@ -100,7 +100,9 @@ def find_tensors(path: Path) -> dict[str, Stored]:
         try:
             contents = read_header(path / file)
         except CheckpointError as error:
-            faults += error.faults
+            faults += [
+                f"{fault}; {INDEX_FILE} says that it holds {', '.join(sorted(listed))}" for fault in error.faults
+            ]
             continue
         faults += [f"{name} is not in {file}, where {INDEX_FILE} says it is" for name in sorted(listed - set(contents))]
         for name in sorted(set(contents) - listed):
@@ -130,14 +132,36 @@ def read_header(file: Path) -> dict[str, Stored]:
             pass
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=_each_once)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(file.parent, [f"{file.name} is corrupt or cut short: {error}"]) from error
+        cut = "".join(f"; {name} goes on beyond its end" for name in _cut_short(file))
+        raise CheckpointError(file.parent, [f"{file.name} is corrupt or cut short: {error}{cut}"]) from error
     return {
         name: Stored(file, name, tuple(about["shape"]), about["dtype"], 8 + length + about["data_offsets"][0])
         for name, about in header.items()
         if name != "__metadata__"
     }
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of which no name is silently lost.  Raises: ValueError for one that occurs twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"its header names {next(name for name in names if names.count(name) > 1)} twice")
+    return content
+
+
+def _cut_short(file: Path) -> list[str]:
+    """Of a file that is refused: the tensors whose bytes it does not have all of, if its header still says so."""
+    try:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(start - 8, size)))
+        return [name for name, about in header.items() if "shape" in about and start + about["data_offsets"][1] > size]
+    except (OSError, ValueError, RecursionError, AttributeError, LookupError, TypeError):
+        return []  # nothing in it can be relied on
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -56,6 +56,14 @@ def test_a_file_of_another_family_is_refused_and_one_that_does_not_say_is_not():
         config.require_model_type({"model_type": "gpt2"}, "llama")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("but", [(), ("scale",)], ids=str)
+def test_numbers_must_be_finite(value, but):
+    """json reads NaN, Infinity and 1e999."""
+    with pytest.raises(ValueError, match=f"scale={value} must be finite"):
+        config.require_positive(Sizes(scale=value, part=1), but=but)
+
+
 @pytest.mark.parametrize("changes", [{"width": 0}, {"scale": -0.5}, {"window": 0}], ids=str)
 def test_numbers_must_be_positive(changes):
     config.require_positive(Sizes())
