@@ -95,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Generates, and prints in the first process."""
+    if not dist.is_backend_available(options.backend):
+        raise ValueError(f"--backend {options.backend} is not in this build of torch, or no backend; gloo is for CPUs")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if options.backend == "nccl" else torch.device("cpu")
     dist.init_process_group(options.backend, timeout=timedelta(seconds=options.timeout))
     try:

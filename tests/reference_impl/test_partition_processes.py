@@ -144,6 +144,7 @@ def test_the_command_continues_a_prompt_as_one_process_does(options: list[str], 
     [
         (["--ids", "1", "--split", "2,2"], "split=[2, 2] must give every stage a block and add up to 3 blocks"),
         (["--ids", "1", "--by", "columns", "--split", "1,2"], "--split shares out blocks"),
+        (["--ids", "1", "--backend", "foo"], "--backend foo is not in this build of torch"),
         (["--ids", "10000"], "prompt 0 holds 10000; token ids are 0 … "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
