@@ -40,11 +40,16 @@ DECODER: Claims = {
     "cache.interleaved": _DOUBLE,
     "cache.ragged_plan": _DOUBLE,
     "batching.decoding": _DOUBLE,
+    "generation.greedy": _DOUBLE,
+    "generation.stop_token": _DOUBLE,
 }
 
 
-# The same for a decoder that reads a source through an encoder.  One of its layers cannot be had alone.
-ENCODER_DECODER: Claims = {check: dtypes for check, dtypes in DECODER.items() if check != "reach.one_layer"} | {
+# The same for a decoder that reads a source through an encoder.  One of its layers cannot be had alone, and what is
+# generated for a source begins with a token that its family agrees on.
+ENCODER_DECODER: Claims = {
+    check: dtypes for check, dtypes in DECODER.items() if check != "reach.one_layer" and "generation." not in check
+} | {
     "causality.source": _DOUBLE,
     "batching.source_padding": _DOUBLE,
 }
