@@ -7,10 +7,10 @@ from typing import Any, get_args
 
 # Keys that say nothing about what a forward pass in evaluation computes, in any family.
 WITHOUT_EFFECT = {
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype",
-    "eos_token_id", "id2label", "initializer_range", "label2id", "max_position_embeddings", "model_type",
-    "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "torch_dtype",
-    "transformers_version", "unk_token_id", "use_cache",
+    "_attn_implementation_autoset", "_name_or_path", "_num_labels", "architectures", "attention_dropout", "auto_map",
+    "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range", "label2id", "max_position_embeddings",
+    "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict",
+    "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
 }  # fmt: skip
 
 # The default of a field that __post_init__ derives from others.

@@ -20,6 +20,8 @@ from torch import Tensor
 READABLE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Elements that are read at once: what loading needs beside the weights.
 RUN = 2**20
+# What else may be beside a config.json; Mistral's own releases have consolidated.safetensors.
+OTHER_FORMATS = {".bin", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".safetensors"}
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -86,7 +88,9 @@ def find_tensors(path: Path) -> dict[str, Stored]:
     if (path / SINGLE_FILE).exists():
         return read_header(path / SINGLE_FILE)
     if not (path / INDEX_FILE).exists():
-        raise CheckpointError(path, [f"holds neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not read"])
+        others = sorted(file.name for file in path.glob("*") if file.suffix in OTHER_FORMATS)
+        hint = f", not {', '.join(others)}: load it elsewhere, and save it as safetensors" if others else ""
+        raise CheckpointError(path, [f"holds neither {SINGLE_FILE} nor {INDEX_FILE}; nothing else is read{hint}"])
     weight_map = read_json(path / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(path, [f"{INDEX_FILE} has no weight_map from names to files"])

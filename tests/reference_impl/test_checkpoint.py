@@ -313,7 +313,12 @@ def test_a_header_that_names_a_tensor_twice_is_refused(saved):
 
 
 def test_a_directory_without_weights_is_refused(tmp_path):
-    assert faults_of(tmp_path) == [f"holds neither {SINGLE} nor {INDEX}; other formats are not read"]
+    nothing = f"holds neither {SINGLE} nor {INDEX}; nothing else is read"
+    assert faults_of(tmp_path) == [nothing]
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "README.md"):
+        (tmp_path / name).touch()
+    way_out = "load it elsewhere, and save it as safetensors"
+    assert faults_of(tmp_path) == [f"{nothing}, not consolidated.safetensors, pytorch_model.bin: {way_out}"]
 
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {"model.norm.weight": 1}}'])
