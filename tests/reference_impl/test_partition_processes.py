@@ -66,6 +66,21 @@ def test_gradients_flow_back_through_the_stages(case: str) -> None:
     passes(pipeline(2), case, "golden.gradients", "float64")
 
 
+def test_gradients_have_the_bits_of_one_process() -> None:
+    """In float32: under the float64 mode a gradient that is sent in a coarser dtype would not be coarser."""
+    case, stored = checkpoint("llama/mha")
+    one, several = load_model(stored.path, dtype=torch.float32), pipeline(2).load(stored)
+    for parameter in several.parameters.values():
+        parameter.requires_grad_()
+    for model in (one, several):
+        logits = model(case.ids)
+        (logits["logits"] if isinstance(logits, dict) else logits).square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in several.parameters.items()}
+    assert gradients
+    for name, parameter in one.named_parameters():
+        assert torch.equal(gradients[name], parameter.grad), name
+
+
 # --- tensor parallel
 
 CUTS = [  # ranks, case
