@@ -121,6 +121,13 @@ def ragged_plans(draw: "DrawFn", longest: int, decoded: int) -> "Example":
 
 
 @st.composite
+def ragged_prompts(draw: "DrawFn", longest: int, new: int) -> "Example":
+    """Prompts of different lengths, padded on the left, with room for `new` tokens: {"ids", "lengths", "extra"}."""
+    example = draw(ragged_texts(longest - new))
+    return {"ids": example["ids"], "lengths": example["lengths"], "extra": example["extra"]}
+
+
+@st.composite
 def interleaved(draw: "DrawFn", longest: int) -> "Example":
     """Two texts fed to two sessions in turns: {"ids", "other", "plan"}; the sessions take turns call by call."""
     ids, other = draw(SEEDS), draw(SEEDS)

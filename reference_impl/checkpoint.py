@@ -106,7 +106,8 @@ def build(path: Path, config: Mapping[str, Any], attention: str) -> nn.Module:
         with torch.device("meta"), _WithoutDraws():
             model: nn.Module = getattr(family, model_class)(parsed, attention)
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits
-        raise CheckpointError(path, [f"{CONFIG_FILE} describes a model that cannot be built: {error}"]) from error
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(path, [f"{CONFIG_FILE} describes a model that cannot be built: {reason}"]) from error
     return model
 
 
@@ -169,6 +170,7 @@ def save_model(model: nn.Module, path: str | Path, *, max_shard_bytes: int | Non
 
     `model.config.to_dict()` gives config.json, and for a model that was loaded the keys of its own config.json that no
     computation needs (ids of special tokens, …). A tied parameter is written once, by its first name. Creates `path`.
+    Tokenizer files and generation_config.json are not the model's: copy them.
 
     Raises:
         CheckpointError: the directory holds weights already; old and new files must not be mixed.
@@ -235,7 +237,8 @@ def _require_match(path: Path, parameters: Mapping[Names, Tensor], stored: Mappi
         if name not in known and name.endswith(DERIVED_TENSORS):
             continue
         if entry.dtype not in READABLE_DTYPES:
-            faults.append(f"{name} is stored as {entry.dtype}: wanted one of {READABLE_DTYPES}, in {entry.file.name}")
+            wanted_one = ", ".join(READABLE_DTYPES)
+            faults.append(f"{name} is stored as {entry.dtype}: wanted one of {wanted_one}, in {entry.file.name}")
         if name not in known:
             faults.append(f"{name} is unexpected: shape {entry.shape}, in {entry.file.name}")
     if faults:

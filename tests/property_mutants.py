@@ -787,3 +787,72 @@ def _(_: Any) -> Any:
             return model
 
     return Transposed()
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+class Generating:
+    """The reference, whose `greedy` does something else."""
+
+    families = frozenset({"llama", "gpt2", "mistral"})
+
+    def __init__(self, greedy: Callable[..., list[list[int]]]):
+        self.greedy = greedy
+
+    def load(self, checkpoint: Any) -> Any:
+        model = Reference("eager").load(checkpoint)
+        model.greedy = functools.partial(self.greedy, model, model.greedy)
+        return model
+
+
+@mutant("generation.greedy", "gpt2/plain", "prompts are padded on the right, and continued behind the padding")
+def _(_: Any) -> Any:
+    def greedy(model: Any, right: Any, ids: Tensor, mask: Tensor, new: int, stop: int | None) -> list[list[int]]:
+        width = mask.sum(1).max()
+        rows = [
+            torch.nn.functional.pad(row[real], (0, width - real.sum()))
+            for row, real in zip(ids, mask.bool(), strict=True)
+        ]
+        text, found = torch.stack(rows), []
+        for _ in range(new):
+            found.append(model(text)["logits"][:, -1].argmax(-1))
+            text = torch.cat([text, found[-1][:, None]], dim=1)
+        return torch.stack(found, dim=1).tolist()  # type: ignore[no-any-return]
+
+    return Generating(greedy)
+
+
+@mutant("generation.greedy", "llama/plain", "padding is attended to")
+def _(_: Any) -> Any:
+    return Generating(lambda model, right, ids, mask, new, stop: right(ids, torch.ones_like(mask), new, stop))
+
+
+@mutant("generation.greedy", "llama/plain", "the prompt's last token is fed twice")
+def _(_: Any) -> Any:
+    def greedy(model: Any, right: Any, ids: Tensor, mask: Tensor, new: int, stop: int | None) -> list[list[int]]:
+        return right(torch.cat([ids, ids[:, -1:]], 1), torch.cat([mask, mask[:, -1:]], 1), new, stop)  # type: ignore[no-any-return]
+
+    return Generating(greedy)
+
+
+@mutant("generation.stop_token", "llama/plain", "the stop token is left out")
+def _(_: Any) -> Any:
+    def greedy(model: Any, right: Any, ids: Tensor, mask: Tensor, new: int, stop: int | None) -> list[list[int]]:
+        return [row[:-1] if row[-1] == stop else row for row in right(ids, mask, new, stop)]
+
+    return Generating(greedy)
+
+
+@mutant("generation.stop_token", "llama/plain", "the first row that stops ends all")
+def _(_: Any) -> Any:
+    def greedy(model: Any, right: Any, ids: Tensor, mask: Tensor, new: int, stop: int | None) -> list[list[int]]:
+        rows = right(ids, mask, new, stop)
+        return [row[: min(map(len, rows))] for row in rows]
+
+    return Generating(greedy)
+
+
+@mutant("generation.stop_token", "gpt2/plain", "the stop token is ignored")
+def _(_: Any) -> Any:
+    return Generating(lambda model, right, ids, mask, new, stop: right(ids, mask, new, None))

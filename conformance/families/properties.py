@@ -42,9 +42,12 @@ DECODER: Claims = {
     "cache.ragged_plan": _DOUBLE,
     "batching.decoding": _DOUBLE,
     "batching.packed": _DOUBLE,
+    "generation.greedy": _DOUBLE,
+    "generation.stop_token": _DOUBLE,
 }
-# Of an encoder–decoder no layer can be had alone, and its texts are not packed.
-_NOT_WITH_A_SOURCE = ("reach.one_layer", "batching.packed")
+# Of an encoder–decoder no layer can be had alone, its texts are not packed, and what is generated for a source begins
+# with a token that its family agrees on.
+_NOT_WITH_A_SOURCE = ("reach.one_layer", "batching.packed", "generation.greedy", "generation.stop_token")
 
 
 # The same for a decoder that reads a source through an encoder.

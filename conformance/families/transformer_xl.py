@@ -426,7 +426,8 @@ def probe_sizes(config: Config, batch: int, seq: int) -> dict[str, int]:
 _EXCEPTIONS = {
     "causality.gradient": "the embedding table is cut into clusters of ids",
     **dict.fromkeys(
-        ("batching.padding", "batching.decoding", "cache.ragged_plan"), "the model knows no padding: it takes no mask"
+        ("batching.padding", "batching.decoding", "cache.ragged_plan", "generation.greedy", "generation.stop_token"),
+        "the model knows no padding: it takes no mask",
     ),
     "batching.packed": "a segment goes on where the one before it ended: there is no packing",
     **dict.fromkeys(

@@ -1,4 +1,4 @@
-"""The checks of memory and of packing can fail, and do so for the right reason."""
+"""The checks of memory, packing and generation can fail, and do so for the right reason."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -198,3 +198,50 @@ def test_a_model_that_cannot_pack_is_unsupported() -> None:
 def test_logits_of_another_shape_fail() -> None:
     result = packed("packed.logits", packed_by(lambda model, ids, lengths: model(ids, lengths=lengths)[0]))
     assert (result.outcome, result.kind) == ("fail", "shape")
+
+
+# --- generation
+
+
+def greedy(answer: Any) -> Any:
+    def change(model: Any) -> None:
+        model.greedy = answer
+
+    return check(Changed(change), "llama/plain", "generation.greedy")
+
+
+def test_a_model_that_does_not_generate_is_unsupported() -> None:
+    class Plain:
+        def load(self, checkpoint: Any) -> Any:
+            model = Reference("eager").load(checkpoint)
+            return lambda input_ids: model(input_ids)
+
+    for name in ("generation.greedy", "generation.stop_token"):
+        result = check(Plain(), "llama/plain", name)
+        assert (result.outcome, result.message) == ("unsupported", "the model has no greedy()")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (lambda ids, mask, new, stop: [[1] * new], "shape"),
+        (lambda ids, mask, new, stop: [[-1] * new for _ in ids], "type"),
+        (lambda ids, mask, new, stop: [[10**6] * new for _ in ids], "type"),
+        (lambda ids, mask, new, stop: [[1] * (new - 1) for _ in ids], "length"),
+        (lambda ids, mask, new, stop: torch.ones(len(ids), new, dtype=torch.long), "not the likeliest"),
+    ],
+    ids=["rows", "negative", "too-large", "too-few", "always-one"],
+)
+def test_what_is_not_the_likeliest_continuation_fails(answer: Any, kind: str) -> None:
+    result = greedy(answer)
+    assert (result.outcome, result.kind) == ("fail", kind), result
+
+
+@pytest.mark.parametrize("answer", [lambda ids, mask, new, stop: None, lambda ids, mask, new, stop: [[0.5] * new]])
+def test_what_is_no_list_of_ids_is_an_error(answer: Any) -> None:
+    assert greedy(answer).outcome == "error"
+
+
+def test_the_message_names_row_token_and_both_logits() -> None:
+    message = greedy(lambda ids, mask, new, stop: [[1] * new for _ in ids]).message
+    assert "new token 0 of row 0 is 1, whose logit in one forward is" in message

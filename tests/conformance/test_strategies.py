@@ -59,6 +59,12 @@ def test_ragged_plan_feeds_the_padded_prompts(example: Any) -> None:
     assert sum(example["plan"]) == max(example["lengths"]) + example["extra"] <= LONGEST - 3
 
 
+@given(strategies.ragged_prompts(LONGEST, 3))
+def test_ragged_prompts_leave_room_for_new_tokens(example: Any) -> None:
+    assert max(example["lengths"]) + example["extra"] + 3 <= LONGEST
+    assert len(example["lengths"]) >= 2
+
+
 @given(strategies.interleaved(LONGEST))
 def test_interleaved_texts_differ(example: Any) -> None:
     assert example["ids"] != example["other"]
