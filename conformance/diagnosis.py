@@ -18,9 +18,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from types import CodeType, SimpleNamespace
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -281,9 +281,20 @@ def truths(values: Values) -> Values:
 
 # --- searching --------------------------------------------------------------------------------------------------------
 
+
 # What was found in one implementation: diagnoses of a family are tried first in its other claims, and a case whose
 # mistake is unknown is not searched for again in the same kind of check.
-_found: "WeakKeyDictionary[Implementation, SimpleNamespace]" = WeakKeyDictionary()
+@dataclass
+class Recall:
+    known: list[tuple[Hypothesis, ...]] = field(default_factory=list)
+    unknown: list[tuple[str, str]] = field(default_factory=list)
+
+
+_found: "WeakKeyDictionary[Implementation, Recall]" = WeakKeyDictionary()
+
+
+def recalled(implementation: Implementation) -> Recall:
+    return _found.setdefault(implementation, Recall())
 
 
 def diagnose(check: Check, judge: Judge, result: Result) -> tuple[dict[str, Any] | None, list[str]]:
@@ -292,7 +303,7 @@ def diagnose(check: Check, judge: Judge, result: Result) -> tuple[dict[str, Any]
     right = simulated.right
     if right is None or not difference(right, truths(right), judge.case, judge.dtype)[1]:
         return None, ["not diagnosed: reference_impl itself does not pass this claim in this process"]
-    memory = _found.setdefault(judge.implementation, SimpleNamespace(known=[], unknown=[]))
+    memory = recalled(judge.implementation)
     kind = judge.case.name, result.claim.check.split(".")[0]
     searched = kind in memory.unknown or len(memory.unknown) >= MOST_UNKNOWN
     search = Search(simulated, failing, suspects(judge.case, result.divergence), result.claim.check)
@@ -304,7 +315,7 @@ def diagnose(check: Check, judge: Judge, result: Result) -> tuple[dict[str, Any]
         else:
             memory.unknown.append(kind)
     if hits:
-        return _named(hits), []
+        return named(hits), []
     return _unknown(search, failing, result, searched), []
 
 
@@ -420,7 +431,7 @@ def suspects(case: "Case", divergence: dict[str, Any] | None) -> frozenset[str]:
 # --- saying it --------------------------------------------------------------------------------------------------------
 
 
-def _named(hits: Hits) -> dict[str, Any]:
+def named(hits: Hits) -> dict[str, Any]:
     found = [hypothesis for _, hypothesis in hits]
     fields, mistakes = [h for h in found if not h.mistakes], [h for h in found if h.mistakes]
     named = mistakes or fields

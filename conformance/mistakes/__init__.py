@@ -28,6 +28,7 @@ TOPICS = (
     "switch_transformer",
     "translation",
     "tokenizer",
+    "detokenizer",
 )  # fmt: skip
 
 Replace = Callable[[Any], Any]
