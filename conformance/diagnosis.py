@@ -32,10 +32,11 @@ from conformance.component import ComponentCandidate
 from conformance.families import Component, Config, Family, get
 from conformance.implementation import Candidate, Implementation, load_checkpoint, precision, vocabulary
 from conformance.implementations import reference
+from conformance.implementations.ranks import Handle
 from conformance.judge import Compared, Judge, Result
 from conformance.mistakes import Mistake, catalogue
 from conformance.mistakes.patching import Patch
-from conformance.mutation import model_under, mutant
+from conformance.mutation import model_under, mutant, over_ranks
 from conformance.pristine import pristine
 from conformance.probes import word
 from conformance.signatures import Wrong, signature
@@ -84,10 +85,41 @@ def both(first: Hypothesis, second: Hypothesis) -> Hypothesis:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """Over what processes a candidate runs: one, where count is 1; or `stages`, where the check partitions a model."""
+
+    count: int = 1
+    stages: bool = False
+
+    def make(self, mistake: Mistake) -> bool:
+        """Whether a mistake of a partition could be made so."""
+        return mistake.partition == "pipeline" if self.stages else self.count > 1
+
+    @property
+    def key(self) -> str:
+        return "partition." if self.stages else ""
+
+
+ONE = Ranks()
+
+
+def ranks_of(judge: Judge, check: str) -> Ranks:
+    handle = getattr(getattr(judge.candidate, "model", None), "handle", None)
+    return Ranks(handle.ranks.count if isinstance(handle, Handle) else 1, check.startswith("partition."))
+
+
 @cache
-def hypotheses(family: str) -> tuple[Hypothesis, ...]:
-    """Everything that can be simulated in a family: the catalogue's mistakes, then the fields."""
-    known = [of_mistake(mistake) for mistake in catalogue().values() if family in mistake.families]
+def hypotheses(family: str, ranks: Ranks = ONE) -> tuple[Hypothesis, ...]:
+    """Everything that can be simulated in a family: the catalogue's mistakes, then the fields.
+
+    A partition that gives other bits than one process has a mistake of partitions, and no other.
+    """
+    of_family = [mistake for mistake in catalogue().values() if family in mistake.families]
+    parted = [of_mistake(mistake) for mistake in of_family if mistake.partition and ranks.make(mistake)]
+    if ranks.stages:
+        return tuple(parted)
+    known = parted + [of_mistake(mistake) for mistake in of_family if not mistake.partition]
     fields = [
         Hypothesis(
             field.name, f"the values are those with {field.name} at its default, {field.default}",
@@ -114,6 +146,9 @@ class Simulation(Judge):
         got = got.detach().to(device="cpu", dtype=torch.float64)
         self.compared.append(Compared(what, got, truth, noise, scale, real))
 
+    def identical(self, got: Any, wanted: Any, what: str) -> None:
+        self.compare(got, wanted.detach().to(device="cpu", dtype=torch.float64), what=what)
+
     def run(self, check: Check) -> Values:
         check(self)
         return by_name(self.compared)
@@ -131,8 +166,9 @@ def by_name(compared: Iterable[Compared]) -> Values:
 class Simulator:
     """The reference, on one claim, with and without mistakes; remembers what it has simulated."""
 
-    def __init__(self, check: Check, case: "Case", dtype: str):
+    def __init__(self, check: Check, case: "Case", dtype: str, ranks: Ranks = ONE):
         self.check, self.case, self.dtype, self.family = check, case, dtype, get(case.family)
+        self.ranks, self.hypotheses = ranks, hypotheses(case.family, ranks)
         self._is_component = isinstance(self.family, Component)
         self._model: Any = None
         self._loading: set[CodeType] = set()  # what was called while it was loaded
@@ -149,6 +185,8 @@ class Simulator:
 
     def _simulate(self, hypothesis: Hypothesis | None) -> Values | None:
         try:
+            if self.ranks.stages or (hypothesis and any(mistake.partition for mistake in hypothesis.mistakes)):
+                return self._partitioned(hypothesis.mistakes if hypothesis else ())
             if hypothesis is not None and hypothesis.mistakes and not hypothesis.field and not self._is_component:
                 patch = Patch(*hypothesis.mistakes)
                 if not self._acts_on_loading(patch):
@@ -158,6 +196,12 @@ class Simulator:
             return self._run(self._loaded(implementation, case), implementation)
         except Exception:  # a mistake that cannot be made here, or that does not run
             return None
+
+    def _partitioned(self, mistakes: Sequence[Mistake]) -> Values:
+        """Over threads for ranks, as many as the candidate has."""
+        kind = mistakes[0].partition if mistakes else "pipeline"
+        implementation = mutant(*mistakes, of=over_ranks(kind, self.ranks.key, self.ranks.count))
+        return self._run(self._loaded(implementation, self.case), implementation)
 
     def _run(self, candidate: Any, implementation: Implementation) -> Values:
         return Simulation(self.case, self.dtype, "cpu", implementation, candidate).run(self.check)
@@ -299,7 +343,10 @@ def recalled(implementation: Implementation) -> Recall:
 
 def diagnose(check: Check, judge: Judge, result: Result) -> tuple[dict[str, Any] | None, list[str]]:
     """The diagnosis (as the run's schema has it) of a failed check, or None with a note why there is none."""
-    failing, simulated = _failing(check, judge), simulator(check, judge.case, judge.dtype)
+    failing, simulated = (
+        _failing(check, judge),
+        simulator(check, judge.case, judge.dtype, ranks_of(judge, result.claim.check)),
+    )
     right = simulated.right
     if right is None or not difference(right, truths(right), judge.case, judge.dtype)[1]:
         return None, ["not diagnosed: reference_impl itself does not pass this claim in this process"]
@@ -336,7 +383,7 @@ class Search:
 
     def stages(self) -> Iterator[Sequence[Hypothesis]]:
         """Those that touch the first wrong tensor; those that this check must kill; the others."""
-        remaining = list(hypotheses(self.failing.judge.case.family))
+        remaining = list(self.simulator.hypotheses)
         for wanted in (self._touching, self._killed_here, lambda _: True):
             yield [h for h in remaining if wanted(h)]
             remaining = [h for h in remaining if not wanted(h)]
@@ -374,7 +421,7 @@ class Search:
             return []
         self.ends += SECONDS
         first, recorded = divergence["first_wrong"], localise.record_forward(judge)
-        touching = [h for h in hypotheses(judge.case.family) if self._touching(h) and h.mistakes]
+        touching = [h for h in self.simulator.hypotheses if self._touching(h) and h.mistakes]
         for one in touching:
             if time.perf_counter() > self.ends:
                 return []
@@ -382,7 +429,7 @@ class Search:
             if second_wrong is None:
                 continue
             words = suspects(judge.case, second_wrong)
-            pairs = [both(one, h) for h in hypotheses(judge.case.family) if not words.isdisjoint(h.touches)]
+            pairs = [both(one, h) for h in self.simulator.hypotheses if not words.isdisjoint(h.touches)]
             if hits := self.first_that_reproduce([pairs]):
                 return hits
         return []
@@ -466,7 +513,7 @@ def _unknown(search: Search, failing: Failing, result: Result, searched: bool) -
     if not searched:
         said.append(f"none of {len(search.near)} simulated mistakes gives these values")
     if search.out_of_time:
-        said.append(f"{len(hypotheses(judge.case.family)) - len(search.near)} were not tried for want of time")
+        said.append(f"{len(search.simulator.hypotheses) - len(search.near)} were not tried for want of time")
     text = "; ".join(said) or "see the other failures of this implementation"
     return {"kind": "unknown", "id": None, "text": text, "reproduced_to": None, "fix": ""}
 

@@ -307,6 +307,8 @@ class Judge:
         if (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
             raise Misbehaviour("shape", f"{what} are {tuple(got.shape)} in {got.dtype}, "
                                f"wanted {tuple(wanted.shape)} in {wanted.dtype}")  # fmt: skip
+        mine, other = (values.detach().to(device="cpu", dtype=torch.float64) for values in (got, wanted))
+        self.compared.append(Compared(what, mine, other))
         judgement = bounds.identical(got, wanted)
         self._keep_worst(judgement)
         if not judgement.passed:
@@ -372,7 +374,7 @@ def _explain(session: Judge, result: Result) -> None:
     elif forward != FORWARD[0] or session.example is not None:
         # There is nothing inside a component or tokenizer to look at, and no probes for drawn inputs
         return
-    elif result.claim.check == forward or session.plan:
+    elif (result.claim.check == forward or session.plan) and session.settings.localise:
         try:
             result.divergence, result.notes = localise(session)
         except Exception as error:

@@ -78,7 +78,8 @@ def longest_match(among: Callable[[Any], Any]) -> Callable[..., Any]:
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def encode_word(self: Any, word: str) -> tuple[int, ...]:
-            known, ids, at = among(self), [], 0
+            known, at = among(self), 0
+            ids: list[int] = []
             while at < len(word):
                 stop = next((end for end in range(len(word), at, -1) if word[at:end] in known), at + 1)
                 ids += [known[word[at:stop]]] if word[at:stop] in known else self._ids_of(word[at:stop])
