@@ -382,9 +382,19 @@ class Search:
         self.out_of_time = False
 
     def stages(self) -> Iterator[Sequence[Hypothesis]]:
-        """Those that touch the first wrong tensor; those that this check must kill; the others."""
+        """Those of a partition, where the candidate is one, and what may look like them; those that touch the first
+        wrong tensor; those that this check must kill; the others.
+        """
         remaining = list(self.simulator.hypotheses)
-        for wanted in (self._touching, self._killed_here, lambda _: True):
+        parted = [h for h in remaining if any(mistake.partition for mistake in h.mistakes)]
+        alike = frozenset[str]().union(*(h.touches for h in parted))
+        ways = (
+            lambda h: h in parted or not alike.isdisjoint(h.touches),
+            self._touching,
+            self._killed_here,
+            lambda _: True,
+        )
+        for wanted in ways if parted else ways[1:]:
             yield [h for h in remaining if wanted(h)]
             remaining = [h for h in remaining if not wanted(h)]
 

@@ -22,10 +22,10 @@ from torch.testing._internal.distributed import multi_threaded_pg as threaded
 from conformance.implementations.ranks import Ended
 
 # Sender and receiver -> what is under way.
-Mail = dict[tuple[int, int], "queue.Queue[list[Tensor]]"]
+Mail = dict[tuple[int, int], "queue.SimpleQueue[Any]"]
 BACKEND = "conformance_threads"
-# Seconds that a rank's answer may take, and that one waits for what another sends.
-ANSWER, SENT = 30.0, 20.0
+# Seconds that a thread's answer may take, and that one which is woken has to end.
+ANSWER, GRACE = 30.0, 5.0
 # What belongs to the thread that asks.
 _here = threading.local()
 _world = threaded.ThreadLocalWorld()
@@ -40,7 +40,7 @@ class Group(threaded.ProcessLocalGroup):
         return threaded.ret_work(tensors)
 
     def recv(self, tensors: list[Tensor], source: int, tag: int) -> Any:
-        for tensor, sent in zip(tensors, _here.mail[source, self.rank()].get(timeout=SENT), strict=True):
+        for tensor, sent in zip(tensors, _here.mail[source, self.rank()].get(), strict=True):
             tensor.detach().copy_(sent)
         return threaded.ret_work(tensors)
 
@@ -74,8 +74,10 @@ class Threads:
         self.count, self.generation = count, 0
         self._numbers = itertools.count()
         self._asked: list[queue.SimpleQueue[Any]] = []
-        self._answers: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[int, Any, Exception | None]] = queue.SimpleQueue()
         self._objects: list[dict[int, Any]] = []
+        self._threads: list[threading.Thread] = []
+        self._mail: Mail = {}
 
     @property
     def running(self) -> bool:
@@ -85,16 +87,16 @@ class Threads:
         if self.running:
             return
         self.generation += 1
-        threaded.ProcessLocalGroup.reset()
         self._answers = queue.SimpleQueue()
         self._asked = [queue.SimpleQueue() for _ in range(self.count)]
         self._objects = [{} for _ in range(self.count)]
         ranks = range(self.count)
-        mail: Mail = {(rank, other): queue.Queue() for rank in ranks for other in ranks}
+        self._mail = {(rank, other): queue.SimpleQueue() for rank in ranks for other in ranks}
         store = torch._C._distributed_c10d.HashStore()
         for rank in ranks:
-            arguments = (rank, self.count, store, mail, self._asked[rank], self._answers, self._objects[rank])
-            threading.Thread(target=serve, args=arguments, daemon=True).start()
+            arguments = (rank, self.count, store, self._mail, self._asked[rank], self._answers, self._objects[rank])
+            self._threads.append(threading.Thread(target=serve, args=arguments, daemon=True))
+            self._threads[-1].start()
         self.ask(_started)
 
     def ask(self, task: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -118,7 +120,7 @@ class Threads:
                     raise raised
         return [answers[rank] for rank in range(self.count)]
 
-    def _answer(self) -> tuple[int, Any, BaseException | None]:
+    def _answer(self) -> tuple[int, Any, Exception | None]:
         return self._answers.get(timeout=ANSWER)
 
     def number(self) -> int:
@@ -132,9 +134,12 @@ class Threads:
     def end(self) -> None:
         """Let the threads go: those that wait for another are woken, and none is asked again."""
         threaded.ProcessLocalGroup.exception_handle(None)
-        for asked in self._asked:
-            asked.put(None)
-        self._asked, self._objects = [], []
+        for waiting in (*self._asked, *self._mail.values()):
+            waiting.put(None)
+        for thread in self._threads:
+            thread.join(GRACE)
+        threaded.ProcessLocalGroup.reset()  # other groups go on
+        self._asked, self._objects, self._threads = [], [], []
 
 
 def _started(objects: dict[int, Any]) -> None:
@@ -160,5 +165,7 @@ def serve(
                 dist.init_process_group(BACKEND, rank=rank, world_size=count, store=store)
                 joined = True
             answers.put((rank, task(objects, *arguments), None))
-        except BaseException as error:  # SystemExit is how a waiting collective is woken
+        except SystemExit:  # how a waiting collective is woken
+            return
+        except Exception as error:
             answers.put((rank, None, error))

@@ -241,6 +241,7 @@ _LAYOUTS = (
         why="Every rank needs the queries, keys and values of its heads.",
         shows="Nothing at one rank; what is read and written alike looks right.", fix="[Q₀ K₀ V₀ | Q₁ K₁ V₁ | …].",
         seen="nnsight#719, Automodel#1053, tt-metal#52818, pytorch#149701",
+        touches=("layers.N.attention.query", "layers.N.attention.key", "layers.N.attention.value"),
     ),
     columns(
         "tp-fused-gathered-by-rank", ("gpt",),
@@ -255,6 +256,7 @@ _LAYOUTS = (
         what="With fewer key-value heads than ranks they are given out in turn: 0 1 0 1 0 1.",
         why="Rank r needs those of its own query heads: 0 0 0 1 1 1.", shows="Only with more ranks than KV heads.",
         fix="Repeat every head, not all of them.", seen="transformers#48307, sglang#19086, TensorRT-LLM#4308, #6447",
+        touches=("layers.N.attention.scores",),
     ),
     columns(
         "tp-norm-on-shard", ALL,
