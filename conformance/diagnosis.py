@@ -514,7 +514,11 @@ def _unknown(search: Search, failing: Failing, result: Result, searched: bool) -
         _has_rows(judge, last.what),
     )  # fmt: skip
     said = ["the same call gives other values when it is repeated"] if failing.unsteady else []
-    if sign := signature(wrong):
+    if difference(failing.values, truths(failing.values), judge.case, judge.dtype)[1]:
+        said.append(
+            f"within what {judge.dtype} allows: other arithmetic (a kernel, an order of sums), no other function"
+        )
+    elif sign := signature(wrong):
         said.append(sign)
     near = sorted((hit for hit in search.near if hit[0] <= NEAR * failing.error < math.inf), key=lambda hit: hit[0])[:3]
     if near:

@@ -108,13 +108,13 @@ def diagnose(check: Check, judge: Judge, result: Result) -> tuple[dict[str, Any]
 class Search:
     """One search, with its time.
 
-    near: what was simulated, and how many of the wrong answers it gives.
+    near: what was simulated, how many of the wrong answers it gives, and how many others it gets wrong.
     """
 
     def __init__(self, simulator: Simulator, answers: Answers, judge: Judge, check: str):
         self.simulator, self.answers, self.judge, self.check = simulator, answers, judge, check
         self.wrong = [n for n in answers.wrong() if len(answers.given[n]) <= LONGEST]
-        self.near: list[tuple[int, Hypothesis]] = []
+        self.near: list[tuple[int, int, Hypothesis]] = []
         self.ends = time.perf_counter() + SECONDS
 
     def hits(self, recall: Recall) -> list[Hypothesis]:
@@ -140,8 +140,9 @@ class Search:
             if agree(self.answers, simulated):
                 found.append(hypothesis)
             elif simulated is not None:
-                same = sum(self.answers.got[n] == simulated.got[n] for n in self.wrong)
-                self.near.append((same, hypothesis))
+                differ = [n for n in counted(self.answers) if self.answers.got[n] != simulated.got[n]]
+                same = len(self.wrong) - len(set(differ).intersection(self.wrong))
+                self.near.append((same, len(differ) - len(self.wrong) + same, hypothesis))
         return found
 
     def _pairs(self) -> list[Hypothesis]:
@@ -150,9 +151,10 @@ class Search:
 
     def _nearest(self, count: int) -> list[Hypothesis]:
         """Those that give most of the wrong answers, one at least."""
-        ordered = sorted((entry for entry in self.near if entry[0] and " and " not in entry[1].id),
-                         key=lambda entry: -entry[0])  # fmt: skip
-        return [hypothesis for _, hypothesis in ordered[:count]]
+        some = [entry for entry in self.near if entry[0] and " and " not in entry[2].id]
+        return [
+            hypothesis for *_, hypothesis in sorted(some, key=lambda entry: (entry[1] - entry[0], entry[1]))[:count]
+        ]
 
     def _best(self, found: list[Hypothesis]) -> list[Hypothesis]:
         """Of several those that give most of what the candidate answers to the case's other checks."""
@@ -181,9 +183,9 @@ class Search:
         answers, tokenizer = self.answers, self.simulator.tokenizer
         wrong = WrongText(answers.given, answers.got, answers.wanted, tokenizer.decode, frozenset(specials(tokenizer)))
         said = [sign] if (sign := text_signature(wrong)) else []
-        shares = {h.id: f"{h.id} ({same} of {len(self.wrong)})" for same, h in self.near if same}
-        near = [shares[h.id] for h in self._nearest(3)]
-        if near:
+        shares = {h.id: f"{same} of {len(self.wrong)} wrong answers" + (f", {more} others wrong" if more else "")
+                  for same, more, h in self.near}  # fmt: skip
+        if near := [f"{h.id} ({shares[h.id]})" for h in self._nearest(3)]:
             said.append(f"near, and not the same: {', '.join(near)}")
         said.append(f"none of {len(self.near)} simulated mistakes gives all these answers")
         return {"kind": "unknown", "id": None, "text": "; ".join(said), "reproduced_to": None, "fix": ""}

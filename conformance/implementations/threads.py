@@ -24,8 +24,8 @@ from conformance.implementations.ranks import Ended
 # Sender and receiver -> what is under way.
 Mail = dict[tuple[int, int], "queue.SimpleQueue[Any]"]
 BACKEND = "conformance_threads"
-# Seconds that a thread's answer may take, and that one which is woken has to end.
-ANSWER, GRACE = 30.0, 5.0
+# Seconds that a thread's answer may take, once another has failed, and that one which is woken has to end.
+ANSWER, SOON, GRACE = 30.0, 0.5, 5.0
 # What belongs to the thread that asks.
 _here = threading.local()
 _world = threaded.ThreadLocalWorld()
@@ -107,21 +107,20 @@ class Threads:
         if not self.running:
             raise Ended("the threads have ended")
         answers: dict[int, Any] = {}
+        failure: Exception | None = None
         with isolated():
             for asked in self._asked:
                 asked.put((task, arguments))
             while len(answers) < self.count:
                 try:
-                    rank, answers[rank], raised = self._answer()
-                except queue.Empty:
-                    raised = Ended(f"a thread gave no answer in {ANSWER:g} s")
-                if raised is not None:
+                    rank, answers[rank], raised = self._answers.get(timeout=ANSWER if failure is None else SOON)
+                except queue.Empty:  # it waits for one that has failed
                     self.end()
-                    raise raised
+                    raise failure or Ended(f"a thread gave no answer in {ANSWER:g} s") from None
+                failure = failure or raised
+        if failure is not None:
+            raise failure
         return [answers[rank] for rank in range(self.count)]
-
-    def _answer(self) -> tuple[int, Any, Exception | None]:
-        return self._answers.get(timeout=ANSWER)
 
     def number(self) -> int:
         return next(self._numbers)
