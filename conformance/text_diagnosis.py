@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from conformance.diagnosis import Hypothesis, Recall, both, hypotheses, named, recalled
 from conformance.implementations import reference
 from conformance.judge import Answers, Failure, Judge, Result
+from conformance.mistakes import Mistake
 from conformance.mutation import mutant
 from conformance.pristine import pristine
 from conformance.suite import checks
@@ -57,14 +58,26 @@ class Brief(TokenizerCandidate):
         return super().encode(text, **wanted) if len(text) <= LONGEST else []
 
 
+class Tokenizers:
+    """The reference's tokenizer of one case, with and without mistakes, each loaded once."""
+
+    def __init__(self, case: "Case"):
+        self.case, self.right = case, reference.tokenizer(case.config, case.files)
+        self._known: dict[tuple[str, ...], Brief] = {}
+
+    def load(self, mistakes: Sequence[Mistake]) -> Brief:
+        key = tuple(mistake.id for mistake in mistakes)
+        if key not in self._known:
+            self._known[key] = Brief(mutant(*mistakes), self.case)
+        return self._known[key]
+
+
 class Simulator:
-    """The reference's tokenizer, on one check, with and without mistakes; remembers what it has simulated."""
+    """The reference's tokenizer on one check, with and without mistakes; remembers what it has simulated."""
 
     def __init__(self, check: Check, case: "Case"):
-        self.check, self.case = check, case
+        self.check, self.case, self.tokenizers = check, case, tokenizers(case)
         self._known: dict[str, Answers | None] = {}
-        with pristine():
-            self.tokenizer = reference.tokenizer(case.config, case.files)
         self.right = self._simulate(())
 
     def simulate(self, hypothesis: Hypothesis) -> Answers | None:
@@ -73,14 +86,14 @@ class Simulator:
             self._known[hypothesis.id] = self._simulate(hypothesis.mistakes)
         return self._known[hypothesis.id]
 
-    def _simulate(self, mistakes: Sequence[Any]) -> Answers | None:
+    def _simulate(self, mistakes: Sequence[Mistake]) -> Answers | None:
         try:
-            with pristine():
-                return Recorder(self.case, Brief(mutant(*mistakes), self.case)).run(self.check)
+            return Recorder(self.case, self.tokenizers.load(mistakes)).run(self.check)
         except Exception:  # a mistake that cannot be made here, or that does not run
             return None
 
 
+tokenizers = lru_cache(maxsize=8)(Tokenizers)
 simulator = lru_cache(maxsize=16)(Simulator)
 
 
@@ -94,15 +107,24 @@ def agree(answers: Answers, simulated: Answers | None) -> bool:
 
 def diagnose(check: Check, judge: Judge, result: Result) -> tuple[dict[str, Any] | None, list[str]]:
     """The diagnosis (as the run's schema has it) of a failed check, or None with a note why there is none."""
-    answers = judge.answers
+    answers, recall = judge.answers, recalled(judge.implementation)
     assert answers is not None
-    search = Search(simulator(check, judge.case), answers, judge, result.claim.check)
-    if search.simulator.right is None or any(
-        search.simulator.right.got[n] != answers.wanted[n] for n in counted(answers)
-    ):
-        return None, ["not diagnosed: reference_impl itself does not pass this claim in this process"]
-    hits = search.hits(recalled(judge.implementation))
-    return named([(0.0, h) for h in hits]) if hits else search.unknown(), []
+    with pristine():
+        search = Search(simulator(check, judge.case), answers, judge, result.claim.check)
+        right = search.simulator.right
+        if right is None or any(right.got[n] != answers.wanted[n] for n in counted(answers)):
+            return None, ["not diagnosed: reference_impl itself does not pass this claim in this process"]
+        if known := search.known(recall):
+            return named([(0.0, hypothesis) for hypothesis in known]), []
+        found = search.hits()
+    if len(found) > 1:
+        others = search.other_answers()
+        with pristine():
+            found = search.best(found, others)
+    if not found:
+        return search.unknown(), []
+    recall.known.append(tuple(found))
+    return named([(0.0, hypothesis) for hypothesis in found]), []
 
 
 class Search:
@@ -117,19 +139,18 @@ class Search:
         self.near: list[tuple[int, int, Hypothesis]] = []
         self.ends = time.perf_counter() + SECONDS
 
-    def hits(self, recall: Recall) -> list[Hypothesis]:
-        """What gives all answers: what was found in this implementation before, one mistake, or two."""
-        if not self.wrong:
-            return []
-        for known in recall.known:
+    def known(self, recall: Recall) -> list[Hypothesis]:
+        """What was found in this implementation before, if it gives all answers."""
+        for known in recall.known if self.wrong else ():
             if found := [h for h in known if agree(self.answers, self.simulator.simulate(h))]:
                 return found
-        every = hypotheses(self.judge.case.family)
+        return []
+
+    def hits(self) -> list[Hypothesis]:
+        """What gives all answers: one mistake, or two."""
+        every = hypotheses(self.judge.case.family) if self.wrong else ()
         here = [h for h in every if any(self.check in mistake.killed_by for mistake in h.mistakes)]
-        found = self._try(here) or self._try(self._pairs())
-        if found := self._best(found):
-            recall.known.append(tuple(found))
-        return found
+        return self._try(here) or self._try(self._pairs(here))
 
     def _try(self, some: Iterable[Hypothesis]) -> list[Hypothesis]:
         found = []
@@ -145,9 +166,11 @@ class Search:
                 self.near.append((same, len(differ) - len(self.wrong) + same, hypothesis))
         return found
 
-    def _pairs(self) -> list[Hypothesis]:
-        """Of those that explain a part, two and two."""
-        return [both(a, b) for a, b in combinations(self._nearest(PAIRED), 2)]
+    def _pairs(self, here: Sequence[Hypothesis]) -> list[Hypothesis]:
+        """Of those that explain a part, two and two; then the one that explains most, with every other."""
+        some = list(combinations(self._nearest(PAIRED), 2))
+        some += [(best, other) for best in self._nearest(1) for other in here if other.id != best.id]
+        return list({frozenset({one.id, other.id}): both(one, other) for one, other in reversed(some)}.values())[::-1]
 
     def _nearest(self, count: int) -> list[Hypothesis]:
         """Those that give most of the wrong answers, one at least."""
@@ -156,38 +179,38 @@ class Search:
             hypothesis for *_, hypothesis in sorted(some, key=lambda entry: (entry[1] - entry[0], entry[1]))[:count]
         ]
 
-    def _best(self, found: list[Hypothesis]) -> list[Hypothesis]:
-        """Of several those that give most of what the candidate answers to the case's other checks."""
-        if len(found) < 2:
-            return found
-        agreed = dict.fromkeys((h.id for h in found), 0)
-        others = [check for name, check in checks().items() if name.startswith("tokenizer.") and name != self.check]
-        for check in others:
-            if (answers := self._asked(check)) is not None:
-                for hypothesis in found:
-                    agreed[hypothesis.id] += agree(answers, simulator(check, self.judge.case).simulate(hypothesis))
-        return [h for h in found if agreed[h.id] == max(agreed.values())]
+    def other_answers(self) -> dict[str, Answers]:
+        """What the candidate answers to the other checks of the case; not those that it or the case has nothing for."""
+        calls, found = self.judge.candidate.calls, {}
+        for name, check in checks().items():
+            if name.startswith("tokenizer.") and name != self.check:
+                with contextlib.suppress(Exception):
+                    found[name] = Recorder(self.judge.case, self.judge.candidate).run(check)
+        self.judge.candidate.calls = calls
+        return {name: answers for name, answers in found.items() if answers is not None}
 
-    def _asked(self, check: Check) -> Answers | None:
-        """What the candidate answers to another check; None if the case or the candidate has nothing to it."""
-        calls = self.judge.candidate.calls
-        try:
-            return Recorder(self.judge.case, self.judge.candidate).run(check)
-        except Exception:
-            return None
-        finally:
-            self.judge.candidate.calls = calls
+    def best(self, found: list[Hypothesis], others: dict[str, Answers]) -> list[Hypothesis]:
+        """Those that give most of the other answers too."""
+        agreed = {
+            h.id: sum(agree(answers, simulator(checks()[name], self.judge.case).simulate(h))
+                      for name, answers in others.items())
+            for h in found
+        }  # fmt: skip
+        return [h for h in found if agreed[h.id] == max(agreed.values())]
 
     def unknown(self) -> dict[str, Any]:
         """What can be seen of a mistake that no entry gives."""
-        answers, tokenizer = self.answers, self.simulator.tokenizer
+        answers, tokenizer = self.answers, self.simulator.tokenizers.right
         wrong = WrongText(answers.given, answers.got, answers.wanted, tokenizer.decode, frozenset(specials(tokenizer)))
         said = [sign] if (sign := text_signature(wrong)) else []
         shares = {h.id: f"{same} of {len(self.wrong)} wrong answers" + (f", {more} others wrong" if more else "")
                   for same, more, h in self.near}  # fmt: skip
         if near := [f"{h.id} ({shares[h.id]})" for h in self._nearest(3)]:
             said.append(f"near, and not the same: {', '.join(near)}")
-        said.append(f"none of {len(self.near)} simulated mistakes gives all these answers")
+        if self.wrong:
+            said.append(f"none of {len(self.near)} simulated mistakes gives all these answers")
+        else:
+            said.append(f"only texts of more than {LONGEST} characters are wrong, which are not simulated")
         return {"kind": "unknown", "id": None, "text": "; ".join(said), "reproduced_to": None, "fix": ""}
 
 

@@ -11,6 +11,8 @@ from functools import cached_property
 from typing import Any
 
 REPLACEMENT = "\ufffd"
+# So many ids or characters too much, or too few, are shown.
+FEW = 8
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def added_or_missing(wrong: WrongText) -> str | None:
         longer, shorter = ([pair[n] for pair in wrong.wrong] for n in (more, less))
         pairs = list(zip(longer, shorter, strict=True))
         extra = {len(a) - len(b) for a, b in pairs}
-        if len(extra) != 1 or (size := extra.pop()) <= 0:
+        if len(extra) != 1 or not 0 < (size := extra.pop()) <= FEW:
             continue
         front, back = {str(a[:size]) for a, _ in pairs}, {str(a[len(a) - size :]) for a, _ in pairs}
         if len(front) == 1 and all(a[size:] == b for a, b in pairs):

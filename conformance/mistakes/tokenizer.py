@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -603,7 +604,7 @@ _BYTES = (
 
 def pattern(change: Callable[[str], str]) -> Swap:
     def make(original: Callable[[], re.Pattern[str]]) -> Callable[[], re.Pattern[str]]:
-        return lambda: re.compile(change(original().pattern))
+        return cache(lambda: re.compile(change(original().pattern)))
 
     return Swap(BYTES + "word_pattern", make)
 
