@@ -516,7 +516,7 @@ def _unknown(search: Search, failing: Failing, result: Result, searched: bool) -
     said = ["the same call gives other values when it is repeated"] if failing.unsteady else []
     if difference(failing.values, truths(failing.values), judge.case, judge.dtype)[1]:
         said.append(
-            f"within what {judge.dtype} allows: other arithmetic (a kernel, an order of sums), no other function"
+            f"as small as {judge.dtype} allows: other arithmetic (a kernel, an order of sums), the same function"
         )
     elif sign := signature(wrong):
         said.append(sign)
