@@ -117,6 +117,7 @@ def hypotheses(family: str, ranks: Ranks = ONE) -> tuple[Hypothesis, ...]:
     """
     of_family = [mistake for mistake in catalogue().values() if family in mistake.families]
     parted = [of_mistake(mistake) for mistake in of_family if mistake.partition and ranks.make(mistake)]
+    parted.sort(key=lambda hypothesis: hypothesis.mistakes[0].partition)  # pipelines are simulated fastest
     if ranks.stages:
         return tuple(parted)
     known = parted + [of_mistake(mistake) for mistake in of_family if not mistake.partition]
@@ -185,7 +186,7 @@ class Simulator:
 
     def _simulate(self, hypothesis: Hypothesis | None) -> Values | None:
         try:
-            if self.ranks.stages or (hypothesis and any(mistake.partition for mistake in hypothesis.mistakes)):
+            if self.ranks.stages or (hypothesis and _of_partition(hypothesis)):
                 return self._partitioned(hypothesis.mistakes if hypothesis else ())
             if hypothesis is not None and hypothesis.mistakes and not hypothesis.field and not self._is_component:
                 patch = Patch(*hypothesis.mistakes)
@@ -358,6 +359,7 @@ def diagnose(check: Check, judge: Judge, result: Result) -> tuple[dict[str, Any]
     if not hits and not searched:
         hits = search.first_that_reproduce(search.stages()) or search.two_at_once(result.divergence)
         if hits:
+            hits = search.with_lookalikes(hits)
             memory.known.append(tuple(hypothesis for _, hypothesis in hits))
         else:
             memory.unknown.append(kind)
@@ -378,25 +380,23 @@ class Search:
     def __init__(self, simulator: Simulator, failing: Failing, touched: frozenset[str], check: str):
         self.simulator, self.failing, self.touched, self.check = simulator, failing, touched, check
         self.near: Hits = []
-        self.ends = time.perf_counter() + SECONDS
+        self.ends = time.perf_counter() + (SECONDS if simulator.ranks == ONE else 2 * SECONDS)
         self.out_of_time = False
 
     def stages(self) -> Iterator[Sequence[Hypothesis]]:
-        """Those of a partition, where the candidate is one, and what may look like them; those that touch the first
-        wrong tensor; those that this check must kill; the others.
+        """Those of a partition, where the candidate is one; those that touch the first wrong tensor; those that this
+        check must kill; the others.
         """
         remaining = list(self.simulator.hypotheses)
-        parted = [h for h in remaining if any(mistake.partition for mistake in h.mistakes)]
-        alike = frozenset[str]().union(*(h.touches for h in parted))
-        ways = (
-            lambda h: h in parted or not alike.isdisjoint(h.touches),
-            self._touching,
-            self._killed_here,
-            lambda _: True,
-        )
-        for wanted in ways if parted else ways[1:]:
+        for wanted in (_of_partition, self._touching, self._killed_here, lambda _: True):
             yield [h for h in remaining if wanted(h)]
             remaining = [h for h in remaining if not wanted(h)]
+
+    def with_lookalikes(self, hits: Hits) -> Hits:
+        """What ranks do wrong may look like a mistake of one process at what it touches; then both are named."""
+        touched = frozenset[str]().union(*(h.touches for _, h in hits if _of_partition(h)))
+        alike = [h for h in self.simulator.hypotheses if not _of_partition(h) and not touched.isdisjoint(h.touches)]
+        return _best(hits + self.first_that_reproduce([alike]))
 
     def _touching(self, hypothesis: Hypothesis) -> bool:
         return not self.touched.isdisjoint(hypothesis.touches)
@@ -415,8 +415,7 @@ class Search:
                 if (apart := self._try(hypothesis)) is not None:
                     hits.append((apart, hypothesis))
             if hits:
-                best = min(apart for apart, _ in hits)
-                return [hit for hit in hits if hit[0] <= max(10 * best, EQUALLY_GOOD)]
+                return _best(hits)
         return []
 
     def _try(self, hypothesis: Hypothesis) -> float | None:
@@ -443,6 +442,15 @@ class Search:
             if hits := self.first_that_reproduce([pairs]):
                 return hits
         return []
+
+
+def _of_partition(hypothesis: Hypothesis) -> bool:
+    return any(mistake.partition for mistake in hypothesis.mistakes)
+
+
+def _best(hits: Hits) -> Hits:
+    best = min(apart for apart, _ in hits)
+    return [hit for hit in hits if hit[0] <= max(10 * best, EQUALLY_GOOD)]
 
 
 def _moves_on(

@@ -13,7 +13,7 @@ from torch import Tensor
 from candidates import ENTRIES, FIRST_DIVERGENCE, HARMLESS, LAYOUTS, MISTAKES, MORE, SHOWN_BY
 from conformance import check
 from conformance.cases import Case, Claim
-from conformance.diagnosis import Search, Simulator, difference, hypotheses, of_mistake, suspects
+from conformance.diagnosis import ONE, Search, Simulator, difference, hypotheses, of_mistake, suspects
 from conformance.families import get
 from conformance.implementation import adopt
 from conformance.judge import Compared, Judge, Result, judge
@@ -390,8 +390,9 @@ def test_no_number_differs_from_zero() -> None:
 def test_what_touches_the_first_wrong_tensor_is_tried_first_and_everything_once() -> None:
     failing: Any = SimpleNamespace(judge=SimpleNamespace(case=case("llama/distinct")))
     touched = frozenset({"layers.N.attention.scores"})
-    simulator: Any = SimpleNamespace(hypotheses=hypotheses("llama"))
-    first, second, third = Search(simulator, failing, touched, "golden.logits").stages()
+    simulator: Any = SimpleNamespace(hypotheses=hypotheses("llama"), ranks=ONE)
+    none, first, second, third = Search(simulator, failing, touched, "golden.logits").stages()
+    assert none == []  # of a partition
     assert {h.id for h in first} == {h.id for h in hypotheses("llama") if "layers.N.attention.scores" in h.touches}
     assert "attn-scale-missing" in {h.id for h in first}
     assert "loss-not-shifted" in {h.id for h in third}
