@@ -219,13 +219,19 @@ def _wanted(mistake: Mistake, family: str) -> list[Claim]:
 
 
 def _results(mistake: Mistake, claims: Iterable[Claim]) -> Iterator[Result]:
-    judges: dict[tuple[Any, ...], Judge] = {}
+    judges: dict[tuple[str, str, bool], Judge] = {}
+
+    def mistaken(stages: bool) -> Implementation:
+        if not mistake.partition:
+            return mutant(mistake)
+        return mutant(mistake, of=over_ranks(mistake.partition, "partition." if stages else ""))
+
+    by_stages = {stages: mistaken(stages) for stages in ((False, True) if mistake.partition else (False,))}
 
     def prepared(claim: Claim) -> Judge:
-        of = over_ranks(mistake.partition, claim.check) if mistake.partition else None
-        key = claim.case, claim.dtype, id(of) if mistake.partition else None
+        key = claim.case, claim.dtype, claim.check.startswith("partition.")
         if key not in judges:
-            judges[key] = Judge(mutant(mistake, of=of), _case(claim.case), claim.dtype, "cpu")
+            judges[key] = Judge(by_stages[key[2]], _case(claim.case), claim.dtype, "cpu")
             judges[key].settings = Settings(diagnose=False, localise=not mistake.partition)
         return judges[key]
 

@@ -157,7 +157,7 @@ _GROUPS = (
     ),
     Mistake(
         id="gqa-kv-index-wrapped",
-        families=GROUPS,
+        families=tuple(family for family in GROUPS if family != "llama"),  # whose cases have nothing to wrap
         what="Query head h reads key-value head (h // KV) mod KV: the wrong quotient, brought back into range.",
         why="The quotient must be the size of a group, not the number of groups.",
         shows="Right by luck whenever H / KV = KV (4/2, 9/3, 64/8); large elsewhere.",
