@@ -3,7 +3,8 @@
     python benchmarks/false_alarms.py reference hf --seeds 1000
 
 Every claim of a property is put to the implementation with the examples of one seed after another, all in this process,
-with the models kept loaded.  An outcome other than `pass` and `unsupported` is an alarm; each is printed with what
+with the models kept loaded.  An example that passed is not put to the same claim again: those that come first for every
+seed are run once.  An outcome other than `pass` and `unsupported` is an alarm; each is printed with what
 repeats it.  With --first the seeds begin elsewhere, so that several processes can share the work.
 """
 
@@ -13,6 +14,7 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,7 +26,7 @@ from conformance.cases import Case, Claim, Manifest
 from conformance.families import FAMILIES, claims, get
 from conformance.implementation import Candidate, Implementation, resolve
 from conformance.judge import Judge, judge
-from conformance.search import DEFAULT_PROFILE, PROFILES, Settings
+from conformance.search import DEFAULT_PROFILE, PROFILES, Example, Settings
 from conformance.suite import checks
 
 # Checkpoints that a check makes of its case, kept for the next seed.
@@ -32,7 +34,21 @@ KEPT = 64
 
 
 class Keeping(Judge):
-    """A judge that loads a checkpoint once, though every seed asks for it."""
+    """A judge that loads a checkpoint once, though every seed asks for it, and runs an example of a check once."""
+
+    check: str
+
+    def search(
+        self, strategy: Any, test: Callable[[Example], None], first: Sequence[Example] = (), share: int = 1
+    ) -> None:
+        passed: set[tuple[str, str]] = self.__dict__.setdefault("passed", set())
+
+        def once(example: Example) -> None:
+            if (key := (self.check, json.dumps(example, sort_keys=True))) not in passed:
+                test(example)
+                passed.add(key)
+
+        super().search(strategy, once, first, share)
 
     def load_other(self, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> Candidate:
         key = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -80,7 +96,7 @@ def count_alarms(implementation: Implementation, asked: argparse.Namespace) -> i
     """Put every claim to the implementation, seed after seed; returns how many alarms there were."""
     claimed, functions = property_claims(implementation, asked.family), checks()
     claimed = [claim for claim in claimed if asked.dtype in (None, claim.dtype)]
-    judges: dict[tuple[str, str], Judge] = {}
+    judges: dict[tuple[str, str], Keeping] = {}
     outcomes: Counter[str] = Counter()
     seconds: defaultdict[str, float] = defaultdict(float)
     examples, started = 0, time.perf_counter()
@@ -89,6 +105,7 @@ def count_alarms(implementation: Implementation, asked: argparse.Namespace) -> i
             place = (claim.case, claim.dtype)
             if place not in judges:
                 judges[place] = Keeping(implementation, Case(claim.case), claim.dtype, "cpu")
+            judges[place].check = claim.check
             judges[place].settings = Settings(profile=asked.profile, seed=seed, seconds=float("inf"))
             result = judge(functions[claim.check], claim, lambda place=place: judges[place])  # type: ignore[misc]
             outcomes[result.outcome] += 1

@@ -65,6 +65,15 @@ def _ratio(difference: float, scale: float) -> float:
     return 0.0 if difference == 0 else float("inf")
 
 
+def rounding(terms: int) -> float:
+    """What float64 may leave of a sum of so many terms that cancel, relative to what they are: n u with
+    u = 2^-53 (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 4.2, to first order).
+
+    For what is 0 in exact arithmetic and comes out of other arithmetic than a comparison's.
+    """
+    return terms * 2.0**-53
+
+
 def same_bits(a: "Tensor", b: "Tensor") -> bool:
     """Whether two tensors are equal in shape, dtype and every bit: NaN equals itself, 0 is not −0."""
     import torch

@@ -103,7 +103,8 @@ def _properties(family: Family) -> list[str]:
     if found is None:
         return []
     searched = dict.fromkeys(check for recipe in family.recipes for check in found.of(recipe.name, recipe.config))
-    lines = ["", f"Properties, searched in the cases {', '.join(found.cases)}:", *(f"  {check}" for check in searched)]
+    where = ", ".join([*found.cases, *found.also])
+    lines = ["", f"Properties, searched in the cases {where}:", *(f"  {check}" for check in searched)]
     lines += [f"  not {check}: {reason}" for check, reason in found.exceptions.items()]
     return lines + [f"  not sensitivity.weights of {name}: {reason}" for name, reason in found.unmoved.items()]
 

@@ -126,7 +126,7 @@ class ComponentCandidate:
             raise Misbehaviour("shape", f"{name} of shape {tuple(tensor.shape)}, wanted {wanted} ({axes})")
         if not tensor.is_floating_point() or torch.finfo(tensor.dtype).eps > torch.finfo(self.dtype).eps:
             raise Misbehaviour("dtype", f"{name} in {tensor.dtype}, wanted {self.dtype} or finer")
-        return tensor
+        return tensor.clone()  # the function may return the same buffer again and again
 
 
 def _is_load(function: Any) -> bool:

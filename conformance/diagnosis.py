@@ -461,9 +461,9 @@ def _moves_on(
     try:
         with pristine(), Patch(*hypothesis.mistakes):
             values = reference.probes(get(case.family), case.config, case.weights, **case.arguments)
-    except Exception:
+        probes = {probe.name: probe for probe in localise.probes_of(case, values)}
+    except Exception:  # it cannot be made here, or leaves a probe out
         return None
-    probes = {probe.name: probe for probe in localise.probes_of(case, values)}
     alone = Probe(first, probes[first].value, probes[first].axes)
     if align([alone], tensors).first_divergence is not None:
         return None

@@ -6,13 +6,14 @@ An implementation is any object with `name`, `families` and `load(checkpoint)`; 
 passed.  An encoder–decoder model takes `decoder_input_ids`, and perhaps `decoder_attention_mask`, too: its logits
 belong to these.
 Optional attributes, each declared by its presence: `session(**source)`, `packed(input_ids, lengths)`, `parameters`,
-`partitioned(stages)`.
+`partitioned(stages)`, `greedy(input_ids, attention_mask, max_new_tokens, stop_token)`.
 """
 
 import copy
 import importlib
 import importlib.util
 import inspect
+import operator
 import os
 import shutil
 import sys
@@ -59,7 +60,7 @@ class CannotResolve(ValueError):
 class Misbehaviour(Exception):
     """A candidate's answer that is wrong in kind, not in value: shape, dtype, type, NaN.
 
-    kind: "shape", "dtype", "type", "not finite", "signature", "input changed", "state grows".
+    kind: "shape", "dtype", "type", "not finite", "signature", "input changed", "state grows", "length", …
     """
 
     def __init__(self, kind: str, message: str):
@@ -306,6 +307,29 @@ class Candidate:
             returned = self.model.packed(input_ids.clone().to(self.device), lengths.clone().to(self.device))
         return self._normalise(returned, tuple(input_ids.shape)).logits
 
+    def greedy(
+        self, input_ids: "Tensor", attention_mask: "Tensor", max_new_tokens: int, stop_token: int | None
+    ) -> list[list[int]]:
+        """The new token ids of each row, greedily.
+
+        Raises: Unsupported if the model has no `generate`; Misbehaviour if it returns something else than a list of ids
+            for each row.
+        """
+        if not hasattr(self.model, "greedy"):
+            raise Unsupported("the model has no greedy()")
+        self.calls += 1
+        with running("model.greedy(…)"):
+            returned = self.model.greedy(
+                input_ids.clone().to(self.device), attention_mask.clone().to(self.device), max_new_tokens, stop_token
+            )
+            rows = [[operator.index(token) for token in row] for row in returned]
+        if len(rows) != len(input_ids):
+            raise Misbehaviour("shape", f"greedy returned {len(rows)} rows for {len(input_ids)} prompts")
+        wrong = [token for row in rows for token in row if not 0 <= token < self.vocab]
+        if wrong:
+            raise Misbehaviour("type", f"greedy returned {wrong[0]}; token ids are 0 … {self.vocab - 1}")
+        return rows
+
     def partitioned(self, stages: int) -> "Candidate":
         """The same model, its blocks shared out to so many processes.
 
@@ -341,11 +365,12 @@ class Candidate:
                     "type", f"a {type(returned).__name__} of {shapes} was returned; exactly one must be {wanted}"
                 )
             returned = fitting[0]
-        losses = {name: as_tensor(loss, name) for name, loss in losses.items() if loss is not None}
+        # Copies: an engine may return the same buffer again and again
+        losses = {name: as_tensor(loss, name).clone() for name, loss in losses.items() if loss is not None}
         for name, loss in losses.items():
             if loss.numel() != 1:
                 raise Misbehaviour("shape", f"a {name} of shape {tuple(loss.shape)}, wanted a single number")
-        return Output(self._logits(returned, wanted), {name: loss.reshape(()) for name, loss in losses.items()})
+        return Output(self._logits(returned, wanted).clone(), {name: loss.reshape(()) for name, loss in losses.items()})
 
     def _logits(self, returned: Any, wanted: tuple[int, ...]) -> "Tensor":
         import torch
@@ -381,8 +406,7 @@ class Session:
             passed["attention_mask"] = attention_mask.clone().to(self.candidate.device)
         with running("session.feed(…)"):
             returned = self.session.feed(input_ids.clone().to(self.candidate.device), **passed)
-        # An engine may return the same buffer again and again
-        return self.candidate._normalise(returned, tuple(input_ids.shape)).logits.clone()
+        return self.candidate._normalise(returned, tuple(input_ids.shape)).logits
 
     def state_bytes(self) -> int:
         """Memory that the session says it holds, in bytes.
@@ -465,6 +489,7 @@ def _declared_arguments(function: Any) -> frozenset[str] | None:
 
 
 def as_tensor(value: Any, what: str) -> "Tensor":
+    import numpy
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -472,7 +497,8 @@ def as_tensor(value: Any, what: str) -> "Tensor":
     if value is None:
         raise Misbehaviour("type", f"the {what} are None, wanted a tensor")
     try:
-        return torch.as_tensor(value)
+        # A copy of an array: other libraries' may be read-only, of which torch warns
+        return torch.as_tensor(numpy.array(value) if hasattr(value, "__array__") else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise Misbehaviour("type", f"the {what} are a {type(value).__name__}, wanted a tensor or array") from error
 

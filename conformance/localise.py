@@ -108,8 +108,13 @@ def _align_session(judge: "Judge", values: dict[str, Tensor]) -> Alignment:
 def _shows_its_work(alignment: Alignment) -> bool:
     """Whether the candidate is torch code that was recorded: a probe was found, or most have rivals of their size.
 
-    Where the very first tensor is wrong, as an embedding of the wrong rows, no probe is found at all.
+    Where the very first tensor is wrong, as an embedding of the wrong rows, no probe is found at all.  Where none was
+    found before the divergence, though not all of them have rivals, the work is done in other pieces (token by token,
+    say), and the rival of the divergence has its size by accident.
     """
+    first = alignment.first_divergence
+    if first and not alignment.last_good and any(f.status == "unobserved" for f in alignment.between):
+        return False
     inside = [finding for name, finding in alignment.findings.items() if name != "logits"]
     rivals = sum(finding.status == "unmatched" for finding in inside)
     return rivals > len(inside) / 2 or any(finding.status in ("matched", "permuted") for finding in inside)

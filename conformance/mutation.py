@@ -144,6 +144,8 @@ def model_under(patch: Patch, model: Any) -> Any:
     if hasattr(model, "partitioned"):
         partitioned = _under(patch, model.partitioned)
         patched.partitioned = lambda stages: model_under(patch, partitioned(stages))
+    if hasattr(model, "packed"):
+        patched.packed = _method_under(patch, model, "packed")
     return patched
 
 
@@ -168,22 +170,27 @@ def _case(name: str) -> Case:
 
 
 def ordered(mistake: Mistake, family: str) -> list[Claim]:
-    """The family's claims, those first that should kill: by named check, dtype, and what a case can show."""
+    """The family's claims, those first that should kill: named checks, short cases, dtype, what a case can show."""
     dtypes = DTYPES if not mistake.precision else tuple(reversed(DTYPES))
 
     def key(claim: Claim) -> tuple[Any, ...]:
         named, label = claim.check in mistake.killed_by, claim.case.split("/")[1]
         order = dtypes.index(claim.dtype) if claim.dtype in dtypes else 0  # text has none
         first = (order, mistake.killed_by.index(claim.check)) if named else ()
-        return label == "long", not named, *first, label != "distinct"
+        return not named, label == "long", *first, label != "distinct"
 
-    own = [claim for claim in _manifest().claims() if claim.family == family and _can_see(mistake, claim.check)]
-    return sorted(own, key=key)
+    return sorted(_seeing(family, mistake.partition == "pipeline"), key=key)
 
 
-def _can_see(mistake: Mistake, check: str) -> bool:
+@cache
+def _seeing(family: str, stages: bool) -> tuple[Claim, ...]:
+    """The family's claims that a mutant can fail; stages: one whose ranks are simulated when a check partitions it."""
+    return tuple(claim for claim in _manifest().claims() if claim.family == family and _can_see(claim.check, stages))
+
+
+def _can_see(check: str, stages: bool) -> bool:
     """A patch is in this process alone: what a check starts elsewhere runs the right code, but for simulated ranks."""
-    return not check.startswith("partition.") or mistake.partition == "pipeline"
+    return stages or not check.startswith("partition.")
 
 
 def judge_mutant(mistake: Mistake, family: str, *, everything: bool = False) -> Outcome:

@@ -19,9 +19,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from conformance.oracles.true_double import TrueDouble
+from conformance.oracles.true_double import DispatchMode, TrueDouble
 
 # Smaller tensors match too much by accident, and say too little, to be worth their copy.
 MIN_NUMEL = 8
@@ -101,7 +100,7 @@ class Recorder:
         self.records.append(Record(op, tuple(value.shape), copy))
 
 
-class _Observer(TorchDispatchMode):
+class _Observer(DispatchMode):
     """Entered after TrueDouble, so that it sees each operation first and its double result last."""
 
     def __init__(self, recorder: Recorder) -> None:

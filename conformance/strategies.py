@@ -83,6 +83,11 @@ def ragged_texts(draw: "DrawFn", longest: int) -> "Example":
     return {"ids": draw(SEEDS), "lengths": lengths, "side": draw(SIDES), "extra": extra}
 
 
+def packed_texts(longest: int) -> "SearchStrategy[Example]":
+    """Texts of different lengths, one behind the other: {"ids", "lengths"}; together as many tokens as `longest`."""
+    return st.fixed_dictionaries({"ids": SEEDS, "lengths": plan_of(longest)})
+
+
 @st.composite
 def plans(draw: "DrawFn", longest: int, *, rows: int = 2) -> "Example":
     """A text and how it is cut into calls: {"ids", "batch", "plan"}; the plan's sizes add up to at most `longest`."""
@@ -113,6 +118,13 @@ def ragged_plans(draw: "DrawFn", longest: int, decoded: int) -> "Example":
     example = draw(ragged_texts(longest - decoded))
     plan = draw(plan_of(max(example["lengths"]) + example["extra"]))
     return {"ids": example["ids"], "lengths": example["lengths"], "extra": example["extra"], "plan": plan}
+
+
+@st.composite
+def ragged_prompts(draw: "DrawFn", longest: int, new: int) -> "Example":
+    """Prompts of different lengths, padded on the left, with room for `new` tokens: {"ids", "lengths", "extra"}."""
+    example = draw(ragged_texts(longest - new))
+    return {"ids": example["ids"], "lengths": example["lengths"], "extra": example["extra"]}
 
 
 @st.composite

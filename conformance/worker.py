@@ -339,11 +339,9 @@ class Zygote:
 
 def main() -> None:
     descriptor, implementation, device = sys.argv[1:]
-    # Once, before any fork.  Torch would import _dynamo on the first call under TrueDouble, in
-    # every child anew: 1.7 s.
+    # Once, before any fork.
     import hypothesis  # noqa: F401
     import safetensors.torch  # noqa: F401
-    import torch._dynamo  # noqa: F401
 
     import conformance.judge
     import conformance.localise

@@ -5,6 +5,7 @@ Text (or ids) goes to standard output, what is said about it to standard error. 
 
 import argparse
 import inspect
+import io
 import os
 import sys
 import time
@@ -57,23 +58,29 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     options = parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can show every character
     try:
         generate(options)
     except (ValueError, RuntimeError) as error:  # RuntimeError: torch's, of a device or of memory
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except OSError as error:
         # what Python would still write at its end has nowhere to go either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        if isinstance(error, BrokenPipeError):
+            return 1
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 def generate(options: argparse.Namespace) -> None:
     """Writes the continuation to standard output, and how long it took to standard error."""
+    require_device(options.device)
     config = load_config(options.checkpoint)
     sampling, generator = sampling_of(options), generator_of(options)
     stop_tokens: set[int] = set() if options.ignore_eos else end_tokens(options.checkpoint, config)
@@ -87,9 +94,11 @@ def generate(options: argparse.Namespace) -> None:
         generator=generator, prefill_chunk=options.prefill_chunk,
     )  # fmt: skip
     times = [time.perf_counter()]
-    for text in decode(timed(steps, times)):
-        print(text, end="", flush=True)
-    print(flush=True)
+    try:
+        for text in decode(timed(steps, times)):
+            print(text, end="", flush=True)
+    finally:
+        print(flush=True)  # what is said next, of an error too, begins a line
     print(speed(len(ids), times), file=sys.stderr)
 
 
@@ -171,7 +180,7 @@ def end_tokens(checkpoint: Path, config: Mapping[str, object]) -> set[int]:
     content = {**config, **read_json(file)} if file.is_file() else config
     found = content.get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(token, int) for token in ids):
+    if not all(type(token) is int for token in ids):
         raise ValueError(f"eos_token_id={found!r} must be a number or a list of numbers")
     return set(ids)
 
@@ -186,8 +195,20 @@ def sampling_of(options: argparse.Namespace) -> Sampling | None:
 
 
 def generator_of(options: argparse.Namespace) -> torch.Generator | None:
-    """Where chance comes from."""
-    return None if options.seed is None else torch.Generator(options.device).manual_seed(options.seed)
+    """Where chance comes from.  Raises: ValueError if torch does not take the seed."""
+    if options.seed is None:
+        return None
+    if not -(2**63) <= options.seed < 2**64:
+        raise ValueError(f"--seed {options.seed} must be one of −2⁶³ … 2⁶⁴ − 1")
+    return torch.Generator(options.device).manual_seed(options.seed)
+
+
+def require_device(device: str) -> None:
+    """Raises ValueError if torch does not know the device, or has none of its kind."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from reference_impl.checkpoint_layouts import with_model_names
 from reference_impl.stored_tensors import (
@@ -102,11 +103,21 @@ def build(path: Path, config: Mapping[str, Any], attention: str) -> nn.Module:
         raise CheckpointError(path, [f"{CONFIG_FILE}: {error}"]) from error
     _require_as_many_tensors(path, config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutDraws():
             model: nn.Module = getattr(family, model_class)(parsed, attention)
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits
-        raise CheckpointError(path, [f"{CONFIG_FILE} describes a model that cannot be built: {error}"]) from error
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(path, [f"{CONFIG_FILE} describes a model that cannot be built: {reason}"]) from error
     return model
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """No parameter is drawn: on the meta device there is nothing to fill, and torch spends most of `build` on it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _require_as_many_tensors(path: Path, config: Mapping[str, Any]) -> None:
@@ -159,6 +170,7 @@ def save_model(model: nn.Module, path: str | Path, *, max_shard_bytes: int | Non
 
     `model.config.to_dict()` gives config.json, and for a model that was loaded the keys of its own config.json that no
     computation needs (ids of special tokens, …). A tied parameter is written once, by its first name. Creates `path`.
+    Tokenizer files and generation_config.json are not the model's: copy them.
 
     Raises:
         CheckpointError: the directory holds weights already; old and new files must not be mixed.
@@ -225,7 +237,8 @@ def _require_match(path: Path, parameters: Mapping[Names, Tensor], stored: Mappi
         if name not in known and name.endswith(DERIVED_TENSORS):
             continue
         if entry.dtype not in READABLE_DTYPES:
-            faults.append(f"{name} is stored as {entry.dtype}: wanted one of {READABLE_DTYPES}, in {entry.file.name}")
+            wanted_one = ", ".join(READABLE_DTYPES)
+            faults.append(f"{name} is stored as {entry.dtype}: wanted one of {wanted_one}, in {entry.file.name}")
         if name not in known:
             faults.append(f"{name} is unexpected: shape {entry.shape}, in {entry.file.name}")
     if faults:

@@ -1,15 +1,16 @@
 """What the configs of all families share: strict reading of config.json, and checks that name what cannot be right."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import Field, asdict, fields
 from typing import Any, get_args
 
 # Keys that say nothing about what a forward pass in evaluation computes, in any family.
 WITHOUT_EFFECT = {
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype",
-    "eos_token_id", "id2label", "initializer_range", "label2id", "max_position_embeddings", "model_type",
-    "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "torch_dtype",
-    "transformers_version", "unk_token_id", "use_cache",
+    "_attn_implementation_autoset", "_name_or_path", "_num_labels", "architectures", "attention_dropout", "auto_map",
+    "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range", "label2id", "max_position_embeddings",
+    "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict",
+    "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
 }  # fmt: skip
 
 # The default of a field that __post_init__ derives from others.
@@ -51,8 +52,10 @@ def typed(field: Field[Any], value: Any) -> Any:
 
 
 def require_positive(config: Any, *, but: tuple[str, ...] = ()) -> None:
-    """Raises ValueError if a number among the fields, but for those named in `but`, is not greater than 0."""
+    """Raises ValueError if a number among the fields is not finite or, but for those named in `but`, not above 0."""
     for name, value in asdict(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be finite")
         if name not in but and isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
             raise ValueError(f"{name}={value} must be greater than 0")
 

@@ -20,6 +20,8 @@ from torch import Tensor
 READABLE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Elements that are read at once: what loading needs beside the weights.
 RUN = 2**20
+# What else may be beside a config.json; Mistral's own releases have consolidated.safetensors.
+OTHER_FORMATS = {".bin", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".safetensors"}
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -59,18 +61,17 @@ class Stored:
         """
         stored = READABLE_DTYPES[self.dtype]
         tensor = torch.empty(self.shape, dtype=dtype or stored, device=device)
-        left = tensor.view(-1)
+        elements, size = tensor.view(-1), math.prod(self.shape)
         try:
             with self.file.open("rb") as file:
                 file.seek(self.start)
-                while len(left):
-                    content = bytearray(min(RUN, len(left)) * stored.itemsize)
+                for start in range(0, size, RUN):
+                    stop = min(start + RUN, size)
+                    content = bytearray((stop - start) * stored.itemsize)
                     if (read := file.readinto(content)) < len(content):
                         raise OSError(f"it ends {len(content) - read} bytes too early")
                     # as bytes first, then as what they mean: no dtype of values is named until the values are there
-                    run = torch.frombuffer(content, dtype=torch.uint8).view(stored)
-                    left[: len(run)] = run
-                    left = left[len(run) :]
+                    elements[start:stop] = torch.frombuffer(content, dtype=torch.uint8).view(stored)
         except OSError as error:
             fault = f"{self.file.name} cannot be read at {self.name}: {error}"
             raise CheckpointError(self.file.parent, [fault]) from error
@@ -86,7 +87,9 @@ def find_tensors(path: Path) -> dict[str, Stored]:
     if (path / SINGLE_FILE).exists():
         return read_header(path / SINGLE_FILE)
     if not (path / INDEX_FILE).exists():
-        raise CheckpointError(path, [f"holds neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not read"])
+        others = sorted(file.name for file in path.glob("*") if file.suffix in OTHER_FORMATS)
+        hint = f", not {', '.join(others)}: load it elsewhere, and save it as safetensors" if others else ""
+        raise CheckpointError(path, [f"holds neither {SINGLE_FILE} nor {INDEX_FILE}; nothing else is read{hint}"])
     weight_map = read_json(path / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(path, [f"{INDEX_FILE} has no weight_map from names to files"])
@@ -100,7 +103,9 @@ def find_tensors(path: Path) -> dict[str, Stored]:
         try:
             contents = read_header(path / file)
         except CheckpointError as error:
-            faults += error.faults
+            faults += [
+                f"{fault}; {INDEX_FILE} says that it holds {', '.join(sorted(listed))}" for fault in error.faults
+            ]
             continue
         faults += [f"{name} is not in {file}, where {INDEX_FILE} says it is" for name in sorted(listed - set(contents))]
         for name in sorted(set(contents) - listed):
@@ -130,14 +135,36 @@ def read_header(file: Path) -> dict[str, Stored]:
             pass
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=_each_once)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(file.parent, [f"{file.name} is corrupt or cut short: {error}"]) from error
+        cut = "".join(f"; {name} goes on beyond its end" for name in _cut_short(file))
+        raise CheckpointError(file.parent, [f"{file.name} is corrupt or cut short: {error}{cut}"]) from error
     return {
         name: Stored(file, name, tuple(about["shape"]), about["dtype"], 8 + length + about["data_offsets"][0])
         for name, about in header.items()
         if name != "__metadata__"
     }
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of which no name is silently lost.  Raises: ValueError for one that occurs twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"its header names {next(name for name in names if names.count(name) > 1)} twice")
+    return content
+
+
+def _cut_short(file: Path) -> list[str]:
+    """Of a file that is refused: the tensors whose bytes it does not have all of, if its header still says so."""
+    try:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(start - 8, size)))
+        return [name for name, about in header.items() if "shape" in about and start + about["data_offsets"][1] > size]
+    except (OSError, ValueError, RecursionError, AttributeError, LookupError, TypeError):
+        return []  # nothing in it can be relied on
 
 
 def read_json(file: Path) -> dict[str, Any]:

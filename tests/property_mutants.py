@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from conformance.implementations.reference import Reference
-from reference_impl.models import transformer
+from reference_impl.models import gpt3, transformer, transformer_xl
 from reference_impl.models.gpt2 import GPT2
 from reference_impl.models.llama import Llama
 from reference_impl.nn import (
@@ -23,8 +23,12 @@ from reference_impl.nn import (
     multi_head_attention,
     norm,
     recurrent,
+    relative_attention,
+    rolling_cache,
     rotary,
+    segment_memory,
     sequence_attention,
+    sequence_session,
     switch,
 )
 from reference_impl.nn.kv_cache import KVCache, Session
@@ -142,6 +146,26 @@ def _(_: Any) -> Any:
     return Around(answer)
 
 
+@mutant("shapes.inputs", "transformer/plain", "the source's mask is inverted in place")
+def _(_: Any) -> Any:
+    class Inverts:
+        families = frozenset({"transformer"})
+
+        def load(self, checkpoint: Any) -> Any:
+            right = Reference("eager").load(checkpoint)
+
+            def model(
+                input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, decoder_attention_mask: Tensor
+            ) -> Any:
+                logits = right(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
+                attention_mask.neg_()
+                return logits
+
+            return model
+
+    return Inverts()
+
+
 # --- causality -------------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +268,69 @@ def _without_first(tokens: masks.Tokens, mask: Tensor, queries: int, window: int
 mutant("reach.last_row", "llama/plain", "no token sees the first one")(_seen(_without_first))
 
 
+@mutant("reach.each_layer", "gpt3/plain", "the pattern begins with the banded block")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = gpt3.GPT3Config.kind
+    patch.setattr(gpt3.GPT3Config, "kind", lambda config, layer: right(config, layer + 1))
+
+
+mutant("reach.each_layer", "gpt3/distinct", "the band has one key more: the query's own is not counted")(_wider(1))
+
+
+def _remembers(by: int) -> Callable[[pytest.MonkeyPatch], None]:
+    """So many tokens more than mem_len."""
+
+    def patched(patch: pytest.MonkeyPatch) -> None:
+        right = segment_memory.remember
+        patch.setattr(segment_memory, "remember", lambda old, new, mem_len: right(old, new, mem_len + by))
+
+    return patched
+
+
+mutant("reach.memory", "transformer_xl/distinct", "the memory is one token shorter")(_remembers(-1))
+mutant("reach.memory", "transformer_xl/distinct", "the memory is one token longer")(_remembers(1))
+mutant("reach.memory", "transformer_xl/plain", "nothing is remembered")(_remembers(-10_000))
+
+
+def _of_layer(which: Callable[[list[Tensor]], list[Tensor]]) -> Callable[[pytest.MonkeyPatch], None]:
+    """Memories of other layers than their own; `which` gets what entered each layer and what left the last one."""
+
+    def patched(patch: pytest.MonkeyPatch) -> None:
+        right, left = segment_memory.SegmentMemory.commit, []
+        block = transformer_xl.TransformerXLLayer.forward
+
+        def forward(*arguments: Any) -> Tensor:
+            left[:] = [block(*arguments)]
+            return left[0]
+
+        patch.setattr(transformer_xl.TransformerXLLayer, "forward", forward)
+        patch.setattr(
+            segment_memory.SegmentMemory, "commit", lambda memory, entered: right(memory, which([*entered, *left]))
+        )
+
+    return patched
+
+
+mutant("reach.memory", "transformer_xl/distinct", "a layer remembers what left it: memories that reach back for ever")(
+    _of_layer(lambda streams: streams[1:])
+)
+mutant("reach.memory", "transformer_xl/distinct", "every layer remembers what entered the first one")(
+    _of_layer(lambda streams: streams[:1] * (len(streams) - 1))
+)
+
+
+@mutant("reach.memory", "transformer_xl/distinct", "only the last segment is remembered")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = segment_memory.remember
+    patch.setattr(segment_memory, "remember", lambda old, new, mem_len: right(None, new, mem_len))
+
+
+mutant(
+    "reach.memory", "transformer_xl/field-mem_len-window", "the window has one key more: the query's own is not counted"
+)(_wider(1))
+mutant("reach.last_row", "transformer_xl/field-mem_len-window", "same_length is ignored")(_wider(10_000))
+
+
 # --- cache -----------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +355,20 @@ def _written_first(tokens: masks.Tokens, mask: Tensor, queries: int, window: int
 mutant("cache.any_plan", "mistral/distinct", "a cache of `window` slots, written before the chunk's queries read it")(
     _seen(_written_first)
 )
+
+
+@mutant("cache.any_plan", "mistral/distinct", "a call of exactly the window's size is written from the first slot on")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = rolling_cache.RollingCache.tokens
+
+    def tokens(cache: rolling_cache.RollingCache, real: Tensor) -> masks.Tokens:
+        found = right(cache, real)
+        assert cache.writes is not None
+        rows, columns, slots = cache.writes
+        cache.writes = rows, columns, columns if real.shape[1] == cache.slots else slots
+        return found
+
+    patch.setattr(rolling_cache.RollingCache, "tokens", tokens)
 
 
 @mutant("cache.fresh_session", "llama/plain", "all sessions of a model share one cache")
@@ -313,6 +414,31 @@ def _(patch: pytest.MonkeyPatch) -> None:
         return right(step, x, tuple(part * 0 for part in state), *rest, **more)
 
     patch.setattr(recurrent, "scan", scan)
+
+
+@mutant("cache.any_plan", "gnmt/plain", "only the first of the decoder's states is carried from call to call")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = sequence_session.decode
+
+    def decode(*arguments: Any) -> Any:
+        logits, (first, *others) = right(*arguments)
+        return logits, (first, *(state * 0 for state in others))
+
+    patch.setattr(sequence_session, "decode", decode)
+
+
+@mutant("cache.interleaved", "rnn_search/plain", "the state lives in the decoder, not in the session")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = sequence_session.Session.feed
+
+    def feed(session: Any, *arguments: Any) -> Tensor:
+        if session.__dict__.setdefault("began", False):
+            session._state = session._decoder.current
+        logits = right(session, *arguments)
+        session.began, session._decoder.current = True, session._state
+        return logits
+
+    patch.setattr(sequence_session.Session, "feed", feed)
 
 
 # --- batching --------------------------------------------------------------------------------------------------------
@@ -363,6 +489,23 @@ def _padding_seen(tokens: masks.Tokens, mask: Tensor, queries: int, window: int 
 
 
 mutant("batching.padding", "llama/distinct", "padding is not masked")(_seen(_padding_seen))
+
+
+@mutant("batching.packed", "gpt2/plain", "positions run on over the texts of a row")
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(masks, "default_positions", lambda tokens, *, num_queries: torch.arange(num_queries)[None])
+
+
+@mutant("batching.packed", "llama/plain", "a packed text sees the text before it")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = masks.visible
+
+    def visible(tokens: masks.Tokens, *, num_queries: int, sliding_window: int | None = None) -> masks.Mask:
+        if tokens.lengths is None:
+            return right(tokens, num_queries=num_queries, sliding_window=sliding_window)
+        return masks.causal(num_queries, num_queries)[None, None]
+
+    patch.setattr(masks, "visible", visible)
 
 
 @mutant("batching.padding", "multi_head_attention/cross", "the mask is ignored")
@@ -468,6 +611,18 @@ def _(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sequence_attention, "masked_softmax", softmax)
 
 
+def _one_more(patch: pytest.MonkeyPatch) -> None:
+    def weights(scores: Tensor, mask: Tensor) -> Tensor:
+        return torch.cat([scores.masked_fill(~mask, -torch.inf), scores[..., :1] * 0], -1).softmax(-1)[..., :-1]
+
+    for module in (attention, relative_attention):
+        patch.setattr(module, "attention_weights", weights)
+
+
+for _case in ("llama/plain", "gpt2/plain", "transformer_xl/distinct"):
+    mutant("invariance.weights_sum_to_one", _case, "a one is added to the softmax's denominator")(_one_more)
+
+
 @mutant("invariance.weights_sum_to_one", "multi_head_attention/plain", "the softmax runs over the queries")
 def _(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(multi_head_attention, "attention_weights", lambda scores, mask: scores.softmax(-2))
@@ -555,6 +710,14 @@ def _(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(moe, "route", route)
 
 
+@mutant("gradients.memory", "transformer_xl/plain", "gradients flow into the memory")
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        segment_memory, "remember",
+        lambda old, new, mem_len: new if old is None else torch.cat((old, new), dim=1)[:, -mem_len:],
+    )  # fmt: skip
+
+
 @mutant("gradients.tied", "gpt2/plain", "the head is a copy of the table: its share of the gradient is lost")
 def _(patch: pytest.MonkeyPatch) -> None:
     right = GPT2.__init__
@@ -624,3 +787,72 @@ def _(_: Any) -> Any:
             return model
 
     return Transposed()
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+class Generating:
+    """The reference, whose `greedy` does something else."""
+
+    families = frozenset({"llama", "gpt2", "mistral"})
+
+    def __init__(self, greedy: Callable[..., list[list[int]]]):
+        self.greedy = greedy
+
+    def load(self, checkpoint: Any) -> Any:
+        model = Reference("eager").load(checkpoint)
+        model.greedy = functools.partial(self.greedy, model, model.greedy)
+        return model
+
+
+@mutant("generation.greedy", "gpt2/plain", "prompts are padded on the right, and continued behind the padding")
+def _(_: Any) -> Any:
+    def greedy(model: Any, right: Any, ids: Tensor, mask: Tensor, new: int, stop: int | None) -> list[list[int]]:
+        width = mask.sum(1).max()
+        rows = [
+            torch.nn.functional.pad(row[real], (0, width - real.sum()))
+            for row, real in zip(ids, mask.bool(), strict=True)
+        ]
+        text, found = torch.stack(rows), []
+        for _ in range(new):
+            found.append(model(text)["logits"][:, -1].argmax(-1))
+            text = torch.cat([text, found[-1][:, None]], dim=1)
+        return torch.stack(found, dim=1).tolist()  # type: ignore[no-any-return]
+
+    return Generating(greedy)
+
+
+@mutant("generation.greedy", "llama/plain", "padding is attended to")
+def _(_: Any) -> Any:
+    return Generating(lambda model, right, ids, mask, new, stop: right(ids, torch.ones_like(mask), new, stop))
+
+
+@mutant("generation.greedy", "llama/plain", "the prompt's last token is fed twice")
+def _(_: Any) -> Any:
+    def greedy(model: Any, right: Any, ids: Tensor, mask: Tensor, new: int, stop: int | None) -> list[list[int]]:
+        return right(torch.cat([ids, ids[:, -1:]], 1), torch.cat([mask, mask[:, -1:]], 1), new, stop)  # type: ignore[no-any-return]
+
+    return Generating(greedy)
+
+
+@mutant("generation.stop_token", "llama/plain", "the stop token is left out")
+def _(_: Any) -> Any:
+    def greedy(model: Any, right: Any, ids: Tensor, mask: Tensor, new: int, stop: int | None) -> list[list[int]]:
+        return [row[:-1] if row[-1] == stop else row for row in right(ids, mask, new, stop)]
+
+    return Generating(greedy)
+
+
+@mutant("generation.stop_token", "llama/plain", "the first row that stops ends all")
+def _(_: Any) -> Any:
+    def greedy(model: Any, right: Any, ids: Tensor, mask: Tensor, new: int, stop: int | None) -> list[list[int]]:
+        rows = right(ids, mask, new, stop)
+        return [row[: min(map(len, rows))] for row in rows]
+
+    return Generating(greedy)
+
+
+@mutant("generation.stop_token", "gpt2/plain", "the stop token is ignored")
+def _(_: Any) -> Any:
+    return Generating(lambda model, right, ids, mask, new, stop: right(ids, mask, new, None))

@@ -314,6 +314,7 @@ FAMILY = Family(
         windows=windows,
         tied=lambda config: bool(config.get("tie_word_embeddings", True)),
         positions="transformer.wpe.weight",
+        attention_output=r"\.h\.(\d+)\.attn\.c_proj\.",
         twins={"wide_window": Twins(applies=lambda config: True, make=_wide)},
     ),
 )  # fmt: skip

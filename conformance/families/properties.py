@@ -5,8 +5,9 @@ on the configuration (a tied head, a window, shared key-value heads) is asked of
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 Config = dict[str, Any]
@@ -36,15 +37,21 @@ DECODER: Claims = {
     "reach.last_row": _DOUBLE,
     "reach.one_layer": _DOUBLE,
     "cache.any_plan": _FINE,
-    "cache.fresh_session": _DOUBLE,
-    "cache.interleaved": _DOUBLE,
+    "cache.fresh_session": _FINE,
+    "cache.interleaved": _FINE,
     "cache.ragged_plan": _DOUBLE,
     "batching.decoding": _DOUBLE,
+    "batching.packed": _DOUBLE,
+    "generation.greedy": _DOUBLE,
+    "generation.stop_token": _DOUBLE,
 }
+# Of an encoder–decoder no layer can be had alone, its texts are not packed, and what is generated for a source begins
+# with a token that its family agrees on.
+_NOT_WITH_A_SOURCE = ("reach.one_layer", "batching.packed", "generation.greedy", "generation.stop_token")
 
 
-# The same for a decoder that reads a source through an encoder.  One of its layers cannot be had alone.
-ENCODER_DECODER: Claims = {check: dtypes for check, dtypes in DECODER.items() if check != "reach.one_layer"} | {
+# The same for a decoder that reads a source through an encoder.
+ENCODER_DECODER: Claims = {check: dtypes for check, dtypes in DECODER.items() if check not in _NOT_WITH_A_SOURCE} | {
     "causality.source": _DOUBLE,
     "batching.source_padding": _DOUBLE,
 }
@@ -52,9 +59,15 @@ ENCODER_DECODER: Claims = {check: dtypes for check, dtypes in DECODER.items() if
 
 # Why a model with a router makes an exception of float32.
 ROUTED = dict.fromkeys(
-    (f"{check} float32" for check in ("causality.prefix", "cache.any_plan", "batching.alone", "batching.padding")),
+    (
+        f"{check} float32"
+        for check in (
+            "causality.prefix", "cache.any_plan", "cache.fresh_session", "cache.interleaved", "batching.alone",
+            "batching.padding",
+        )
+    ),
     "rounding may send a token to another expert",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +114,19 @@ class Properties:
     exceptions: a check, or a check and a dtype ("batching.alone float32") or a case ("cache.any_plan distinct"), that
         does not hold -> why.
     windows: config -> for each layer the keys that a query sees, itself included; None: all up to itself.
+    memory: config -> tokens before a segment that each layer remembers, of a model that is fed in segments.
     tied: whether head and embedding table are one tensor in a configuration.
     shift: whether positions only matter by their distance.
     positions: hub name of the table in which positions are looked up, where they are.
+    attention_output: regular expression over hub names that finds the output projection of each layer's attention, the
+        layer's number its first group; stated where windows differ from layer to layer.
     positionless: config, weights -> a checkpoint in which positions do not count, whose encoder sees a source as a bag
         of tokens; only of a model that has such.
     twins: name of a check of the group `invariance` -> checkpoints that it compares.
     untrained: names of tensors of a checkpoint that are not parameters and get no gradient.
     unmoved: regular expression over hub names -> why a tensor of that name may change and the logits stay.
     cases: the cases whose checkpoints are searched.
+    also: a further case -> the checks that it is searched with, no others.
     """
 
     table: Callable[[Config], str]
@@ -117,23 +134,33 @@ class Properties:
     tied: Callable[[Config], bool]
     claims: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: EVERY | DECODER)
     exceptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    memory: Callable[[Config], int] | None = None
     shift: bool = False
     positions: str | None = None
+    attention_output: str | None = None
     positionless: Callable[[Config, Any], tuple[Config, Any]] | None = None
     twins: Mapping[str, Twins] = dataclasses.field(default_factory=dict)
     untrained: frozenset[str] = frozenset()
     unmoved: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cases: tuple[str, ...] = ("plain", "distinct")
+    also: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def of(self, case: str, config: Config) -> Claims:
         """The claims of a case: check -> dtypes."""
-        if case.split("/")[1] not in self.cases:
+        which = case.split("/")[1]
+        if which not in self.cases and which not in self.also:
             return {}
         claims = dict(self.claims)
         if self.tied(config):
             claims["gradients.tied"] = _DOUBLE
+        if self.memory is not None:
+            claims |= {"reach.memory": _DOUBLE, "gradients.memory": _DOUBLE}
         if self.shift:
             claims["invariance.shift"] = _DOUBLE
+        if self.attention_output is not None and len(set(self.windows(config))) > 1:
+            claims["reach.each_layer"] = _DOUBLE
+        if self.shift or self.memory is not None or (self.positions is not None and None in self.windows(config)):
+            claims["invariance.weights_sum_to_one"] = _DOUBLE
         if self.positionless is not None:
             claims["causality.encoder"] = _DOUBLE
         if self.positions is not None and None in self.windows(config):
@@ -142,7 +169,7 @@ class Properties:
         kept = {
             check: tuple(dtype for dtype in dtypes if f"{check} {dtype}" not in self.exceptions)
             for check, dtypes in claims.items()
-            if not {check, f"{check} {case.split('/')[1]}"} & self.exceptions.keys()
+            if not {check, f"{check} {which}"} & self.exceptions.keys() and check in self.also.get(which, (check,))
         }
         return {check: dtypes for check, dtypes in kept.items() if dtypes}
 
@@ -153,3 +180,20 @@ def reach(windows: tuple[int | None, ...]) -> int | None:
     Each layer sees `window` keys, its own among them, and so hands on what lies up to window − 1 tokens further back.
     """
     return None if any(w is None for w in windows) else 1 + sum(w - 1 for w in windows if w is not None)
+
+
+def remembered(windows: tuple[int | None, ...], memory: int, plan: Sequence[int]) -> int:
+    """Index of the first token that moves the last row of a text fed in segments of the planned sizes.
+
+    A query sees its segment up to itself and what entered its layer for the last `memory` tokens before the segment,
+    `window` keys of these at most.  What it sees there was made in the layer below, in the segment of that time, which
+    saw as far back again (Dai et al. 2019, arXiv:1901.02860, section 3.2: O(N × L) for N layers and segments of L).
+    With a memory of 2, two layers and segments of 3, the last of 9 tokens sees tokens 4 to 8, and token 4, of the
+    segment that begins with 3, saw tokens 1 to 4: the first that counts is 1.
+    """
+    starts = [0, *accumulate(plan)][:-1]
+    first = sum(plan) - 1
+    for window in reversed(windows):
+        segment = max(start for start in starts if start <= first)
+        first = max(0, segment - memory, 0 if window is None else first - window + 1)
+    return first

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from conformance.families import Config, ConfigField, Family, Recipe, gpt_blocks
-from conformance.families.decoders import WORKING, Claims, field_case, without
+from conformance.families.decoders import CONSTANT_STATE, WORKING, Claims, field_case, without
 from conformance.families.properties import Properties
 from conformance.probes import ProbeSpec
 
@@ -166,7 +166,7 @@ def _recipes() -> tuple[Recipe, ...]:
             batch=_BATCH,
             seq=_SEQ,
             segments=_PIECES,
-            claims=_SEGMENTS | {"memory.gradients": ("float64",)},
+            claims=_SEGMENTS | CONSTANT_STATE | {"memory.gradients": ("float64",)},
             store=frozenset({"segment_gradients"}),
             field="mem_len",
             counterfactuals={
@@ -426,13 +426,20 @@ def probe_sizes(config: Config, batch: int, seq: int) -> dict[str, int]:
 _EXCEPTIONS = {
     "causality.gradient": "the embedding table is cut into clusters of ids",
     **dict.fromkeys(
-        ("batching.padding", "batching.decoding", "cache.ragged_plan"), "the model knows no padding: it takes no mask"
+        ("batching.padding", "batching.decoding", "cache.ragged_plan", "generation.greedy", "generation.stop_token"),
+        "the model knows no padding: it takes no mask",
     ),
+    "batching.packed": "a segment goes on where the one before it ended: there is no packing",
     **dict.fromkeys(
         ("cache.any_plan distinct", "cache.fresh_session distinct", "cache.interleaved distinct"),
         "the memory is shorter than the text: what a call sees ends where its memory does",
     ),
 }
+
+
+def _windows(config: Config) -> tuple[int | None, ...]:
+    window: int | None = config["mem_len"] if config["same_length"] else None
+    return (window,) * int(config["n_layer"])
 
 
 _EQUATIONS = r"""
@@ -494,8 +501,14 @@ FAMILY = Family(
     block_checkpoint=block_checkpoint,
     properties=Properties(
         table=lambda config: "transformer.word_emb.emb_layers.0.weight",
-        windows=lambda config: (None,) * config["n_layer"],
+        windows=_windows,
+        memory=lambda config: config["mem_len"],
         tied=lambda config: False,
         exceptions=_EXCEPTIONS,
+        also={
+            "field-mem_len-window": (
+                "cache.any_plan", "cache.fresh_session", "reach.last_row", "reach.one_layer", "reach.memory",
+            )
+        },
     ),
 )  # fmt: skip

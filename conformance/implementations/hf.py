@@ -99,6 +99,15 @@ class Model(torch.nn.Module):
             input_ids, attention_mask=attention_mask, position_ids=position_ids, labels=labels, use_cache=False
         )
 
+    def greedy(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, stop_token: int | None
+    ) -> list[list[int]]:
+        rows = self.model.generate(
+            input_ids, attention_mask=attention_mask, do_sample=False, max_new_tokens=max_new_tokens,
+            eos_token_id=stop_token, pad_token_id=0,
+        )[:, input_ids.shape[1] :].tolist()  # fmt: skip
+        return [row[: row.index(stop_token) + 1] if stop_token in row else row for row in rows]
+
 
 class CachingModel(Model):
     """Opens sessions with a cache too, and tells texts in one row apart by positions that start again."""

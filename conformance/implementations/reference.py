@@ -102,6 +102,16 @@ class Model:
 
         return packed(self.model, input_ids, lengths)
 
+    def greedy(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, stop_token: int | None
+    ) -> list[list[int]]:
+        from reference_impl.generation import generate
+
+        prompts = [ids[real].tolist() for ids, real in zip(input_ids, attention_mask.bool(), strict=True)]
+        stop_tokens = set() if stop_token is None else {stop_token}
+        rows = generate(self.model, prompts, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
+        return [row.ids for row in rows]
+
 
 class EncoderDecoderModel:
     """An encoder–decoder model behind the contract, with its loss."""

@@ -20,6 +20,7 @@ TOPICS = (
     "embeddings",
     "experts",
     "cache",
+    "packing",
     "loading",
     "recurrent",
     "sequence_attention",

@@ -214,6 +214,26 @@ def turned_again(state: dict[str, Any], original: Callable[..., Tensor]) -> Call
     return forward
 
 
+def repeated_again(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of cached tokens query head h reads key-value head (h // g) // g, where g query heads share one."""
+
+    def forward(self: Any, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
+        if cache is None:
+            return original(self, x, cos, sin, mask)
+        query, key, value = self.project(x)
+        query, key = self.turn(query, key, cos, sin)
+        heads, shared, kept = query.shape[1], query.shape[1] // key.shape[1], -x.shape[1]
+        keys, values = (
+            torch.cat((once[:, :, :kept].repeat_interleave(shared, dim=1)[:, :heads], once[:, :, kept:]), dim=2)
+            for once in (kv.repeat_interleave(shared, dim=1) for kv in cache.append(key, value))
+        )
+        project_out = self.o_proj if hasattr(self, "o_proj") else self.dense
+        output: Tensor = project_out(self.attend(query, keys, values, mask).transpose(1, 2).flatten(2))
+        return output
+
+    return forward
+
+
 def advanced_early(state: dict[str, Any], original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
         upper = cache is not None and cache._cache.length and cache is not cache._cache.layers[0]
@@ -416,6 +436,13 @@ MISTAKES = (
         why="Every key has its position.",
         shows="Only from the second call on.", fix="Store turned keys, or turn all of them on every call.",
         seen="NeuraLegion/shainet#110",
+    ),
+    entry(
+        "cache-heads-repeated-again", TURNING, tuple(Swap(t, repeated_again) for t in TURNS), DECODING,
+        what="Keys and values are cached with their heads repeated for all query heads, and repeated again when read.",
+        why="Each query head then reads another head of what is cached than of what is new.",
+        shows="Only from the second call on, and only where heads are shared; with one key-value head it is right.",
+        fix="Cache key-value heads, and repeat what is read.", seen="candle-vllm#52 (the same seam)",
     ),
     entry(
         "rope-cached-keys-rotated-again", TURNING, angles_known(turned_again)(), DECODING,

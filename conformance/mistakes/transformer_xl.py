@@ -48,6 +48,17 @@ def unbounded(old: Tensor | None, new: Tensor, mem_len: int) -> Tensor:
     return (new if old is None else torch.cat((old, new), dim=1)).detach()
 
 
+def fed_again(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Everything that a session was fed is fed with each call, to a memory that holds it already."""
+
+    def feed(self: Any, input_ids: Tensor) -> Tensor:
+        before = getattr(self, "fed", input_ids[:, :0])
+        self.fed = torch.cat((before, input_ids), dim=1)
+        return original(self, self.fed)[:, before.shape[1] :]
+
+    return feed
+
+
 def with_history(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def remember(old: Tensor | None, new: Tensor, mem_len: int) -> Tensor:
         whole = new if old is None else torch.cat((old, new), dim=1)
@@ -124,6 +135,13 @@ _MEMORY = (
         shows="Only where segments are shorter than mem_len, from the third on.",
         fix="cat((memory, segment))[-mem_len:].",
         seen="dhruvramani/Transformers-RL#7", killed_by=SEGMENTS, touches=SCORES,
+    ),
+    entry(
+        "txl-generate-not-truncated", Swap(MEMORY + "SegmentSession.feed", fed_again),
+        what="While generating, the whole text is fed again with each call, together with its memory.",
+        why="The memory holds what was fed before: tokens would be seen twice, and at wrong distances.",
+        shows="Only from the second call on.", fix="With a memory, feed what is new alone.",
+        seen="transformers#4826", killed_by=SEGMENTS, touches=(*SCORES, "embedding"),
     ),
     entry(
         "txl-memory-lags", Swap(MEMORY + "remember", one_too_old),

@@ -11,7 +11,8 @@ Three layers, because each sees what the others cannot:
 - the default dtype is float64, for factories that name none (`torch.tensor(0.1)`);
 - a function mode, above autograd, rewrites the dtypes that Python code names *before* a value is rounded or a tensor
   copied, and promotes in place every low-precision tensor it sees (a weight loaded outside, `frombuffer`, `out=` …);
-- a dispatch mode, below autograd, does the same for what C++ asks for (scripted functions, derivative formulas).
+- a dispatch mode, below autograd, does the same for what C++ asks for (scripted functions, derivative formulas);
+  functions known to ask for nothing (`_CLOSED`) go past it.
 
 What code written for float32 may notice:
 
@@ -41,6 +42,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter, functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,6 +72,24 @@ _NOTHING: dict[Any, tuple[Any, ...]] = {
     _aten.empty.memory_format: ([0],),
 }
 _BIT_CASTS = frozenset([Tensor.view, _aten.view.dtype])
+
+# Functions that, given nothing of low precision, ask for nothing of low precision in C++ either: most of what a model
+# calls.  The dispatch mode costs more than a small operation does, so these go past it.
+_CLOSED = frozenset(
+    getattr(owner, name)
+    for owner, names in {
+        Tensor: """add sub mul div neg pow square sqrt exp sin cos tanh sigmoid relu softmax clamp sum mean cumsum
+            matmul mm bmm eq ne lt le gt ge __and__ __or__ __invert__ __getitem__ __setitem__ view reshape transpose
+            permute unsqueeze squeeze expand contiguous flatten chunk split unbind clone detach to masked_fill
+            repeat_interleave nonzero index_put index_add_ gather topk""",
+        torch: "add mul matmul bmm addmm where rsqrt cat stack softmax outer",
+        functional: "linear embedding silu gelu relu softmax layer_norm",
+    }.items()
+    for name in names.split()
+)
+# What no dispatch of its own hides behind: a DTensor is none of these.
+_PLAIN = frozenset([Tensor, Parameter, int, float, bool, str, slice, type(None), type(...), torch.dtype, torch.device])
+_BOXES = (tuple, list, torch.Size)
 
 _state = threading.local()
 
@@ -171,6 +191,9 @@ class _Functions(TorchFunctionMode):
             args = tuple([_double(value) for value in args])
         if kwargs and self._promote_all(kwargs.values()):
             kwargs = {name: _double(value) for name, value in kwargs.items()}
+        if func in _CLOSED and _nobody_else_looks() and _plain(args) and _plain(kwargs.values()):
+            with torch._C._DisableTorchDispatch():
+                return func(*args, **kwargs)
         return _CASTS.get(func, func)(*args, **kwargs)
 
     def _promote_all(self, values: Iterable[Any]) -> bool:
@@ -187,7 +210,15 @@ class _Functions(TorchFunctionMode):
         return names_dtype
 
 
-class _Operations(TorchDispatchMode):
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode that torch does not wrap for its compiler, whose import takes more than a second."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _Operations(DispatchMode):
     """Below autograd: the same for operations that do not come from Python code.
 
     Here a tensor cannot be promoted in place.  Operations that write to or alias a low-precision tensor keep it: the
@@ -219,6 +250,19 @@ def _keeps_dtype(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
         if isinstance(target, torch.dtype):
             return not (_is_real(args[0].dtype) and _is_real(target))
     return False
+
+
+def _nobody_else_looks() -> bool:
+    """Whether `_Operations` is the only dispatch mode, and autocast does not ask for low precision in its place."""
+    return torch._C._len_torch_dispatch_stack() == 1 and not torch._C._is_any_autocast_enabled()
+
+
+def _plain(values: Iterable[Any]) -> bool:
+    for value in values:
+        kind = type(value)
+        if kind not in _PLAIN and not (kind in _BOXES and _plain(value)):
+            return False
+    return True
 
 
 def _is_real(dtype: torch.dtype) -> bool:

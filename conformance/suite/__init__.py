@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 GROUPS = (
     "golden", "cache", "memory", "packed", "partition", "component", "tokenizer",
     "shapes", "causality", "reach", "batching", "invariance", "sensitivity", "gradients", "determinism", "round_trip",
+    "generation",
 )  # fmt: skip
 
 

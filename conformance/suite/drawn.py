@@ -130,9 +130,9 @@ def around(judge: "Judge", given: "Tensor", seed: int) -> Text:
     return Text(given, source)
 
 
-def changed(judge: "Judge", id_: "Tensor", by: int) -> "Tensor":
-    """Other ids than these, none of them junk; `by` says which."""
-    count = usable(judge)
+def changed(judge: "Judge", id_: "Tensor", by: int, tokens: int | None = None) -> "Tensor":
+    """Other ids than these, none of them junk; `by` says which.  tokens: of so many ids instead."""
+    count = tokens or usable(judge)
     return (id_ + 1 + by % (count - 1)) % count
 
 

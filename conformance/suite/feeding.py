@@ -33,3 +33,8 @@ def feed(
 def parts(plan: Sequence[int]) -> list[slice]:
     """Which tokens each call of a plan is fed."""
     return [slice(end - size, end) for size, end in zip(plan, accumulate(plan), strict=True)]
+
+
+def equal_calls(total: int, size: int) -> list[int]:
+    """A plan of calls of one size, and what is left."""
+    return [size] * (total // size) + ([total % size] if total % size else [])

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from conformance.strategies import permuted_texts, ragged_plans, ragged_texts, rows_of_texts
+from conformance.strategies import packed_texts, permuted_texts, ragged_plans, ragged_texts, rows_of_texts
 from conformance.suite import drawn
 from conformance.suite.related import calls_agree
 
@@ -89,6 +89,22 @@ def test_source_padding(judge: "Judge") -> None:
 
     first = [{"ids": 0, "lengths": [3, 1, 5], "side": side, "extra": 1} for side in ("left", "right")]
     judge.search(ragged_texts(drawn.SOURCE_TOKENS + 3), holds, first)
+
+
+def test_packed(judge: "Judge") -> None:
+    """Texts of any lengths, one behind the other in one row, get what each gets alone."""
+    import torch
+
+    def holds(example: "Example") -> None:
+        rows = drawn.ragged(judge, example["ids"], example["lengths"], 0, "right").whole.ids
+        texts = [row[:length] for row, length in zip(rows, example["lengths"], strict=True)]
+        with judge.precision():
+            got = judge.candidate.packed(torch.cat(texts)[None], torch.tensor(example["lengths"]))
+        alone = [drawn.logits(judge, drawn.Text(text[None], None)) for text in texts]
+        judge.same(got, torch.cat(alone, dim=1), "logits of texts packed in one row differ from those of each alone")
+
+    first = [{"ids": 0, "lengths": [3, 1, 5]}]
+    judge.search(packed_texts(drawn.usual(judge)), holds, first)
 
 
 def test_decoding(judge: "Judge") -> None:

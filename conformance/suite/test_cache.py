@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from conformance.implementation import Misbehaviour
 from conformance.strategies import interleaved, plans, ragged_plans
 from conformance.suite import drawn
-from conformance.suite.feeding import feed, parts
+from conformance.suite.feeding import equal_calls, feed, parts
 from conformance.suite.padding import moved, padded_ids, row_truth
 from conformance.suite.related import pieces_agree
 from conformance.suite.test_batching import DECODED as RAGGED_STEPS
@@ -69,9 +69,11 @@ def test_ragged(judge: "Judge") -> None:
 def test_constant_state(judge: "Judge") -> None:
     """Decoding beyond a sliding window takes no more memory: `state_bytes()` no longer grows once two windows are fed.
 
-    Keys that no query can see again need not be kept.  Fed token by token, to the end of the case.
+    Keys that no query can see again need not be kept.  Fed token by token, to the end of the case.  Of a model with a
+    memory of segments its length is the window.
     """
-    window, ids = judge.case.config["sliding_window"], judge.case.ids
+    key = "mem_len" if drawn.properties(judge).memory else "sliding_window"
+    window, ids = judge.case.config[key], judge.case.ids
     with judge.precision():
         session, sizes = judge.candidate.session(), []
         for place in range(ids.shape[1]):
@@ -82,7 +84,7 @@ def test_constant_state(judge: "Judge") -> None:
         if size > full:
             raise Misbehaviour(
                 "state grows", f"the session holds {full:,} bytes after {2 * window} tokens and {size:,} after {fed}; "
-                f"with sliding_window={window} no key older than that is seen again"
+                f"with {key}={window} no key older than that is seen again"
             )  # fmt: skip
 
 
@@ -99,8 +101,8 @@ def test_any_plan(judge: "Judge") -> None:
     """Fed in calls of any sizes, a session gives what one full forward gives.
 
     First token by token; a prompt and then single tokens; and where there is a window, calls of its size, of one token
-    less and of one more, three windows long.  A recurrent component is fed a sequence in pieces, each with the state
-    that the one before returned.
+    less and of one more, three windows long, and calls of its size after a single token.  A recurrent component is fed
+    a sequence in pieces, each with the state that the one before returned.
     """
     if judge.is_component:
         pieces_agree(judge)
@@ -115,7 +117,8 @@ def test_any_plan(judge: "Judge") -> None:
     most = drawn.usual(judge)
     chosen = [[1] * most, [most - 3, 1, 1, 1]]
     for window in {window for window in drawn.windows(judge) if window is not None}:
-        chosen += [_calls(most, size) for size in (window - 1, window, window + 1) if size > 1]
+        chosen += [equal_calls(most, size) for size in (window - 1, window, window + 1) if size > 1]
+        chosen.append([1, *equal_calls(most - 1, window)])
     first = [{"ids": 0, "batch": 2, "plan": plan} for plan in chosen]
     judge.search(plans(most), holds, first)
 
@@ -161,8 +164,3 @@ def test_ragged_plan(judge: "Judge") -> None:
 
     first = [{"ids": 0, "lengths": [2, 1, 5], "extra": 1, "plan": [2, 3, 1]}]
     judge.search(ragged_plans(drawn.usual(judge), RAGGED_STEPS), holds, first)
-
-
-def _calls(total: int, size: int) -> list[int]:
-    """Calls of one size, and what is left."""
-    return [size] * (total // size) + ([total % size] if total % size else [])

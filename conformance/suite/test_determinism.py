@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from conformance.judge import Judge
     from conformance.search import Example
 
-# Rows of a batch that is large enough for torch to divide it among threads.
-MANY_ROWS = 64
+# A batch that is large enough for torch to divide it among threads, and takes few steps of a recurrence.
+ROWS, LENGTH = 64, 4
 
 
 def test_repeat(judge: "Judge") -> None:
@@ -49,7 +49,7 @@ def test_threads(judge: "Judge") -> None:
     """One and two threads of torch give the same logits, but for the order of sums."""
 
     def holds(example: "Example") -> None:
-        text = drawn.text(judge, example["ids"], MANY_ROWS, drawn.usual(judge))
+        text = drawn.text(judge, example["ids"], ROWS, LENGTH)
         with _threads(1):
             one = drawn.logits(judge, text).detach().clone()
         with _threads(2):

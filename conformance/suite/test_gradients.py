@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 from conformance import bounds, draws
 from conformance.implementation import Misbehaviour, Unsupported, running
-from conformance.strategies import SEEDS
+from conformance.strategies import SEEDS, plans
 from conformance.suite import drawn
+from conformance.suite.feeding import parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +35,57 @@ def test_directions(judge: "Judge") -> None:
 def test_tied(judge: "Judge") -> None:
     """The gradient of a table that is embedding and head at once is the sum of both; the direction is in it alone."""
     _check_slopes(judge, [drawn.table(judge)])
+
+
+def test_memory(judge: "Judge") -> None:
+    """No gradient flows into a memory: a segment's are the same whether those before it were fed with gradients or not.
+
+    The loss is a cross-entropy of the last segment's logits alone.  All gradients share one scale, the largest of them.
+    """
+
+    names = sorted(judge.case.weights.keys() - drawn.properties(judge).untrained)
+    parameters = judge.candidate.parameters(names)
+    if parameters is None:
+        raise Unsupported("the model has no parameters by hub name")
+
+    def holds(example: "Example") -> None:
+        plan = [*example["plan"], TOKENS]
+        text = drawn.text(judge, example["ids"], example["batch"], sum(plan))
+        recorded, without = (_of_last_segment(judge, parameters, text.ids, plan, flag) for flag in (True, False))
+        what = "gradients of a segment differ when those before it were fed with gradients being recorded"
+        judge.same(recorded, without, what)
+
+    judge.search(plans(drawn.usual(judge)), holds, [{"ids": 0, "batch": 2, "plan": [2, 3]}])
+
+
+def _of_last_segment(
+    judge: "Judge", parameters: "dict[str, Tensor]", ids: "Tensor", plan: list[int], recorded: bool
+) -> "Tensor":
+    """Gradients of the last segment's loss, all in one row; recorded: whether the others are fed with gradients."""
+    import torch
+
+    _forget(parameters)
+    *before, last = parts(plan)
+    with judge.precision(gradients=True):
+        session = judge.candidate.session()
+        with torch.set_grad_enabled(recorded):
+            for part in before:
+                session.feed(ids[:, part])
+        logits = session.feed(ids[:, last])
+        if not logits.requires_grad:
+            raise Unsupported("the session carries no gradients")
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, last].flatten().to(logits.device))
+        with running("loss.backward()"):
+            loss.backward()
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
+    return torch.cat([gradient.detach().flatten() for gradient in found])
+
+
+def _forget(parameters: "dict[str, Tensor]") -> None:
+    """Parameters that want a gradient and have none yet."""
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+        parameter.grad = None
 
 
 def _check_slopes(judge: "Judge", names: list[str]) -> None:
@@ -72,9 +124,7 @@ def _direction(judge: "Judge", seed: int, name: str) -> "Tensor":
 def _slope_by_gradient(
     judge: "Judge", parameters: "dict[str, Tensor]", direction: "dict[str, Tensor]", text: drawn.Text
 ) -> float:
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-        parameter.grad = None
+    _forget(parameters)
     with judge.precision(gradients=True):
         logits = judge.candidate(**text.arguments()).logits
         with running("logits.backward()"):

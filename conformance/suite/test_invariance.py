@@ -7,6 +7,7 @@ from conformance.suite import drawn
 from conformance.suite.related import calls_agree
 
 if TYPE_CHECKING:
+    from conformance.implementation import Candidate
     from conformance.judge import Judge
     from conformance.search import Example
 
@@ -80,10 +81,7 @@ def test_order(judge: "Judge") -> None:
     if judge.is_component:
         calls_agree(judge, "invariance.order")
         return
-
-    layer = drawn.windows(judge).index(None)
-    tokens = min(judge.candidate.vocab, 4 * drawn.USUAL_TOKENS)
-    other = drawn.one_layer(judge, judge.case.weights[drawn.table(judge)][:tokens], layer)
+    other, tokens = _without_positions(judge)
 
     def holds(example: "Example") -> None:
         order = example["order"]
@@ -96,8 +94,31 @@ def test_order(judge: "Judge") -> None:
 
 
 def test_weights_sum_to_one(judge: "Judge") -> None:
-    """Attention weights add up to 1: where all values are alike, the result is that value, whatever the scores."""
-    calls_agree(judge, "invariance.weights_sum_to_one")
+    """Attention weights add up to 1: where all values are alike, the result is that value, whatever the scores.
+
+    So of a text that is one token over and over all rows are alike, in a model whose positions only tell distances; of
+    a model with a table of positions in one layer of it alone, where the table is zero.
+    """
+    if judge.is_component:
+        calls_agree(judge, "invariance.weights_sum_to_one")
+        return
+    candidate, tokens = judge.candidate, judge.candidate.vocab
+    if drawn.properties(judge).positions is not None:
+        candidate, tokens = _without_positions(judge)
+
+    def holds(example: "Example") -> None:
+        ids = drawn.ids(judge, example["ids"], example["batch"], 1) % tokens
+        got = drawn.logits_of(judge, candidate, drawn.Text(ids.repeat(1, example["length"]), None))
+        judge.same(got, got[:, :1].expand_as(got), "one token over and over gets other logits from place to place")
+
+    judge.search(texts(drawn.usual(judge)), holds, [{"ids": 0, "batch": 2, "length": 3}])
+
+
+def _without_positions(judge: "Judge") -> "tuple[Candidate, int]":
+    """One dense layer of the case's alone, where the table of positions is zero, and how many ids the model has."""
+    layer = drawn.windows(judge).index(None)
+    tokens = min(judge.candidate.vocab, 4 * drawn.USUAL_TOKENS)
+    return drawn.one_layer(judge, judge.case.weights[drawn.table(judge)][:tokens], layer), tokens
 
 
 def test_scale(judge: "Judge") -> None:

@@ -16,8 +16,10 @@ def test_logits(judge: "Judge") -> None:
     """
     import torch
 
-    ids, lengths = _texts(judge)
-    truth = torch.cat([judge.case.expected["logits"][row, :n] for row, n in enumerate(lengths.tolist())])[None]
+    rows = _rows(judge)
+    ids, lengths = _texts(judge, rows)
+    expected = judge.case.expected["logits"]
+    truth = torch.cat([expected[row, :length] for row, length in zip(rows, lengths.tolist(), strict=True)])[None]
     judge.compare(_packed(judge, ids, lengths), truth)
 
 
@@ -25,7 +27,7 @@ def test_isolation(judge: "Judge") -> None:
     """Changing the ids of one text moves no logits of the texts beside it, for each of them in turn."""
     import torch
 
-    ids, lengths = _texts(judge)
+    ids, lengths = _texts(judge, _rows(judge))
     before, start = _packed(judge, ids, lengths).detach().to(device="cpu", dtype=torch.float64), 0
     for text, length in enumerate(lengths.tolist()):
         own = slice(start, start + length)
@@ -37,13 +39,23 @@ def test_isolation(judge: "Judge") -> None:
         start += length
 
 
-def _texts(judge: "Judge") -> "tuple[Tensor, Tensor]":
-    """The rows of the case, each cut to its length, as one row (1, tokens), and the lengths."""
+def _rows(judge: "Judge") -> list[int]:
+    """The rows of the case in the order in which they are packed: the longest, then from the shortest upwards.
+
+    In whatever order the case has them, the text of a single token has others on both sides.
+    """
+    *others, longest = judge.case.inputs["lengths"].argsort(stable=True).tolist()
+    return [longest, *others]
+
+
+def _texts(judge: "Judge", rows: list[int]) -> "tuple[Tensor, Tensor]":
+    """These rows of the case, each cut to its length, as one row (1, tokens), and the lengths."""
     import torch
 
     inputs = judge.case.inputs
-    rows = [inputs["input_ids"][row, :length] for row, length in enumerate(inputs["lengths"].tolist())]
-    return torch.cat(rows)[None], inputs["lengths"]
+    lengths = inputs["lengths"][rows]
+    texts = [inputs["input_ids"][row, :length] for row, length in zip(rows, lengths.tolist(), strict=True)]
+    return torch.cat(texts)[None], lengths
 
 
 def _packed(judge: "Judge", ids: "Tensor", lengths: "Tensor") -> "Tensor":

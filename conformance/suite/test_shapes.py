@@ -30,12 +30,21 @@ def test_any(judge: "Judge") -> None:
 
 
 def test_inputs(judge: "Judge") -> None:
-    """The tensors that a call is given are left as they were: ids, mask and positions."""
+    """The tensors that a call is given are left as they were: ids, mask and positions.
+
+    Targets of a source are padded on the right, which every model with a mask takes.
+    """
+    import torch
+
+    of_source = drawn.family(judge).encoder_decoder
 
     def holds(example: "Example") -> None:
-        batch = drawn.ragged(judge, example["ids"], example["lengths"], example["extra"], example["side"])
+        side = "right" if of_source else example["side"]
+        batch = drawn.ragged(judge, example["ids"], example["lengths"], example["extra"], side)
         arguments = batch.padded.arguments(batch.mask)
-        if batch.padded.source is None:
+        if batch.padded.source is not None:
+            arguments["attention_mask"] = torch.ones_like(batch.padded.source)
+        else:
             arguments["position_ids"] = (batch.mask.cumsum(-1) - 1).clamp(min=0)
         judge.logits(**arguments)
         for name, given in judge.candidate.given.items():

@@ -26,11 +26,11 @@ from reference_impl.nn.self_attention import SelfAttention
 
 # Keys of config.json that say nothing about what a forward pass computes; n_ctx is an old name of n_positions.
 KEYS_WITHOUT_EFFECT = {
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_pdrop", "bos_token_id", "dtype",
-    "embd_pdrop", "eos_token_id", "gradient_checkpointing", "id2label", "initializer_range", "label2id", "model_type",
-    "n_ctx", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "resid_pdrop", "return_dict",
-    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-    "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
+    "_attn_implementation_autoset", "_name_or_path", "_num_labels", "architectures", "attn_pdrop", "bos_token_id",
+    "dtype", "embd_pdrop", "eos_token_id", "gradient_checkpointing", "id2label", "initializer_range", "label2id",
+    "model_type", "n_ctx", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "resid_pdrop",
+    "return_dict", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+    "summary_use_proj", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 
 

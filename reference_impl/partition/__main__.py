@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from reference_impl.generation import left_padded
 from reference_impl.partition.pipeline import even_split, load_stage, number_of_blocks
 from reference_impl.partition.tensor_parallel import load_tensor_parallel
 
@@ -38,7 +39,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
     parser.add_argument("--backend", default="gloo", help="of torch.distributed; nccl: on CUDA (%(default)s)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds that one waits for another (%(default)s)")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.new_tokens < 1 or not options.timeout > 0:
+        parser.error(f"--new-tokens {options.new_tokens} must be at least 1, --timeout {options.timeout} more than 0")
+    return options
 
 
 def load(options: argparse.Namespace, device: torch.device) -> nn.Module:
@@ -75,13 +79,30 @@ def greedy(model: nn.Module, ids: Tensor, new_tokens: int) -> list[tuple[int, fl
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command in one of the processes; returns the exit status. torchrun ends the others, and with 1."""
     options = arguments(argv)
+    if "RANK" not in os.environ:
+        print("error: start it with torchrun --nproc-per-node N -m reference_impl.partition …", file=sys.stderr)
+        return 2
+    try:
+        run(options)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: torch's, of a device, a backend or another process
+        print(f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Generates, and prints in the first process."""
+    if not dist.is_backend_available(options.backend):
+        raise ValueError(f"--backend {options.backend} is not in this build of torch, or no backend; gloo is for CPUs")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if options.backend == "nccl" else torch.device("cpu")
     dist.init_process_group(options.backend, timeout=timedelta(seconds=options.timeout))
     try:
         model = load(options, device)
-        found = greedy(model, torch.tensor([options.ids], device=device), options.new_tokens)
+        ids, _ = left_padded([options.ids], vocab_size=model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        found = greedy(model, ids.to(device), options.new_tokens)
         if dist.get_rank() == 0:
             for token, logit in found:
                 print(f"{token}\t{logit:.6g}")
@@ -90,8 +111,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    status = main()
     # Not the interpreter's own way out: under load it now and then takes down a thread of the backend at work, and the
     # process aborts although all is done.
     sys.stdout.flush()
-    os._exit(0)
+    sys.stderr.flush()
+    os._exit(status)

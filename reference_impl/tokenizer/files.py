@@ -212,7 +212,7 @@ def _read_text(file: Path) -> str:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(_read_text(file))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise TokenizerError(file, f"not JSON: {error}") from error
     if not isinstance(content, dict):
         raise TokenizerError(file, f"holds a {type(content).__name__}: wanted an object")

@@ -23,6 +23,7 @@ from reference_impl.tokenizer.bpe import Rank, merge
 from reference_impl.tokenizer.text import IncrementalDecoder, SpecialTokens, require_text
 
 SPACE = "▁"
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 # What an unknown piece is decoded as, unless the file says otherwise.
 UNKNOWN_SURFACE = " ⁇ "
 # How many words' ids are kept.
@@ -78,18 +79,25 @@ def by_merges(merges: Iterable[tuple[str, str]]) -> Rank:
     return lambda left, right: ranks.get((left, right))
 
 
+def byte_of(piece: str) -> int:
+    """ "<0x0A>" → 10.  Raises: ValueError for another spelling."""
+    if not BYTE_PIECE.fullmatch(piece):
+        raise ValueError(f"the byte piece {piece!r} must be one of <0x00> … <0xFF>")
+    return int(piece[3:5], 16)
+
+
 class SentencePieceBPE:
     """Text to ids and back.
 
     Raises:
-        ValueError: the vocabulary has neither all 256 byte pieces nor an unknown piece.
+        ValueError: the vocabulary has neither all 256 byte pieces nor an unknown piece, or a byte piece names no byte.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         named = list(zip(vocabulary.pieces, vocabulary.kinds, range(len(vocabulary.pieces)), strict=True))
         self._ids = {piece: i for piece, kind, i in named if kind in (Kind.NORMAL, Kind.USER_DEFINED)}
-        self._byte_of = {i: int(piece[3:5], 16) for piece, kind, i in named if kind is Kind.BYTE}
+        self._byte_of = {i: byte_of(piece) for piece, kind, i in named if kind is Kind.BYTE}
         self._id_of_byte = {byte: i for i, byte in self._byte_of.items()}
         self._unknown = next((i for _, kind, i in named if kind is Kind.UNKNOWN), None)
         if len(self._id_of_byte) != 256 and self._unknown is None:

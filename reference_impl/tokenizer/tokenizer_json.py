@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from reference_impl.tokenizer import byte_level_bpe, sentencepiece_bpe
-from reference_impl.tokenizer.sentencepiece_bpe import SPACE, Kind, Prefix
+from reference_impl.tokenizer.sentencepiece_bpe import BYTE_PIECE, SPACE, Kind, Prefix
 
 Json = Mapping[str, Any]
+# No vocabulary is larger; an id of 10¹² is damage, and a list of so many pieces would take all memory.
+MOST_IDS = 1 << 24
 
 
 def sentencepiece(content: Json) -> sentencepiece_bpe.Vocabulary:
@@ -16,22 +18,26 @@ def sentencepiece(content: Json) -> sentencepiece_bpe.Vocabulary:
     Raises: ValueError for what is not implemented; KeyError, TypeError, AttributeError for another format.
     """
     model = _model(content)
-    size = 1 + max([*model["vocab"].values(), *(token["id"] for token in content.get("added_tokens") or [])])
+    added = _added_tokens(content)
+    size = 1 + max([*model["vocab"].values(), *(token["id"] for token in added.values())], default=-1)
     pieces, kinds = [""] * size, [Kind.CONTROL] * size
     for piece, i in model["vocab"].items():
-        is_byte = model.get("byte_fallback") and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+        is_byte = model.get("byte_fallback") and BYTE_PIECE.fullmatch(piece)
         pieces[i], kinds[i] = piece, Kind.BYTE if is_byte else Kind.NORMAL
-    added = _added_tokens(content)
     for text, token in added.items():
         pieces[token["id"]], kinds[token["id"]] = text, Kind.CONTROL if token.get("special") else Kind.NORMAL
     if model.get("unk_token") is not None:
         kinds[model["vocab"][model["unk_token"]]] = Kind.UNKNOWN
     if not (model.get("fuse_unk") or model.get("byte_fallback")):
         raise ValueError("fuse_unk must be true where there is no byte_fallback, as SentencePiece has it")
+    merges = _merges(model)
+    for number, (left, right) in enumerate(merges, start=1):
+        if not {left, right, left + right} <= model["vocab"].keys():
+            raise ValueError(f"merge {number}, {left!r} with {right!r}: all of it and both parts must be tokens")
     begin, end = _around(content)
     prefix, before_space = _prefix(content)
     return sentencepiece_bpe.Vocabulary(
-        pieces=pieces, kinds=kinds, rank=sentencepiece_bpe.by_merges(_merges(model)), begin=begin, end=end,
+        pieces=pieces, kinds=kinds, rank=sentencepiece_bpe.by_merges(merges), begin=begin, end=end,
         added={text: token["id"] for text, token in added.items() if not token.get("special")},
         prefix=prefix, prefix_before_space=before_space,
     )  # fmt: skip
@@ -61,9 +67,13 @@ def _model(content: Json) -> Json:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
         if model.get(key):
             raise ValueError(f"{key}={model[key]!r} is not implemented")
-    if not all(type(i) is int and i >= 0 for i in model["vocab"].values()):
-        raise ValueError("every value of model.vocab must be an id, an integer from 0")
+    if not all(map(_is_id, model["vocab"].values())):
+        raise ValueError(f"every value of model.vocab must be an id, an integer of 0 … {MOST_IDS - 1}")
     return model
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MOST_IDS
 
 
 def _merges(model: Json) -> list[tuple[str, str]]:
@@ -80,6 +90,8 @@ def _merges(model: Json) -> list[tuple[str, str]]:
 def _added_tokens(content: Json) -> dict[str, Json]:
     found = {token["content"]: token for token in content.get("added_tokens") or []}
     for text, token in found.items():
+        if not isinstance(text, str) or not _is_id(token["id"]):
+            raise ValueError(f"the added token {text!r} has id {token['id']!r}: wanted 0 … {MOST_IDS - 1}, and a text")
         for key in ("lstrip", "rstrip", "single_word"):
             if token.get(key):
                 raise ValueError(f"the added token {text!r} has {key}=true, which is not implemented")

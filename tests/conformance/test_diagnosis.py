@@ -13,10 +13,11 @@ from torch import Tensor
 from candidates import ENTRIES, FIRST_DIVERGENCE, HARMLESS, LAYOUTS, MISTAKES, MORE, SHOWN_BY
 from conformance import check
 from conformance.cases import Case, Claim
-from conformance.diagnosis import ONE, Search, Simulator, difference, hypotheses, of_mistake, suspects
+from conformance.diagnosis import ONE, Search, Simulator, _moves_on, difference, hypotheses, of_mistake, suspects
 from conformance.families import get
 from conformance.implementation import adopt
 from conformance.judge import Compared, Judge, Result, judge
+from conformance.localise import record_forward
 from conformance.mistakes import Swap
 from conformance.mistakes import get as get_mistake
 from conformance.mutation import mutant
@@ -262,6 +263,13 @@ class Losing:
             }
 
         return call
+
+
+def test_a_mistake_that_leaves_a_probe_out_does_not_end_the_search() -> None:
+    """Without the norm of the feed-forward its input is no module's, and cannot be compared."""
+    made = Judge(adopt("", LAYOUTS["batch_first"](mistake="gqa_tile")), case("llama/distinct"), "float64", "cpu")
+    leaves_out = of_mistake(get_mistake("feed-forward-not-normed"))
+    assert _moves_on(made, leaves_out, "layers.0.attention.scores", *record_forward(made)) is None
 
 
 def test_a_mistake_of_the_loss_is_named() -> None:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from conformance.families import get
@@ -101,6 +101,7 @@ def test_top_k_is_the_library_s(logits, top_k):
 
 @settings(deadline=None, max_examples=300)
 @given(logits=rows, top_p=probabilities, keep=st.integers(1, 8))
+@example(logits=torch.zeros(1, 4, dtype=torch.float64), top_p=0.5, keep=1)  # two have exactly 0.5 together
 def test_top_p_is_the_library_s(logits, top_p, keep):
     expected = warped(logits, transformers.TopPLogitsWarper(top_p, min_tokens_to_keep=keep))
     assert torch.equal(keep_top_p(logits, top_p, min_tokens_to_keep=keep), expected)

@@ -7,7 +7,14 @@ import torch
 
 from conformance import Case, check
 from conformance.families import COMPONENTS, FAMILIES, MODELS, claims, get
-from conformance.families.properties import DECODER, ENCODER_DECODER, EVERY, Properties, reach
+from conformance.families.properties import (
+    DECODER,
+    ENCODER_DECODER,
+    EVERY,
+    Properties,
+    reach,
+    remembered,
+)
 from conformance.suite import checks
 
 
@@ -16,6 +23,32 @@ def test_reach_adds_up_what_each_layer_hands_on() -> None:
     assert reach((3, 1, 4)) == 6
     assert reach((5, None)) is None
     assert reach(()) == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "memory", "plan", "first"),
+    [
+        (1, 2, (3, 3, 3), 4),  # the segment begins with 6
+        (2, 2, (3, 3, 3), 1),  # 4 stands in the segment that begins with 3
+        (3, 2, (3, 3, 3), 0),
+        (1, 2, (9,), 0),
+        (2, 2, (1,) * 9, 4),  # M a layer
+        (2, 3, (3, 3, 3, 3), 3),  # segments as long as the memory: N · L before the last one
+        (2, 5, (1, 4, 4, 4), 0),  # the memory spans two segments: 9 sees 4, which stands behind 1 and saw all
+        (2, 5, (5, 1, 4, 4), 0),
+        (2, 1, (4, 1, 4, 4), 4),  # 9 sees 8, in the segment that begins with 5, which saw 4
+        (2, 0, (4, 5), 4),
+    ],
+)
+def test_what_a_memory_holds_is_reached_through_the_segments_of_its_time(
+    layers: int, memory: int, plan: tuple[int, ...], first: int
+) -> None:
+    assert remembered((None,) * layers, memory, plan) == first
+
+
+def test_a_window_hides_what_is_remembered() -> None:
+    assert remembered((4, 4), 4, (9,)) == remembered((4, 4), 4, (1,) * 9) == remembered((4, 4), 4, (2, 3, 4)) == 2
+    assert remembered((None, 2), 3, (3, 3, 3)) == 3  # the upper layer shows 7, whose segment begins with 6
 
 
 @pytest.mark.parametrize("family", MODELS)

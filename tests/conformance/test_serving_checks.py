@@ -1,4 +1,4 @@
-"""The checks of memory and of packing can fail, and do so for the right reason."""
+"""The checks of memory, packing and generation can fail, and do so for the right reason."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 
 from conformance import check
 from conformance.implementations.reference import Reference
+from reference_impl.nn import segment_memory
 from reference_impl.nn.kv_cache import KVCache, Session
 
 WINDOWED = "mistral/window"
@@ -82,6 +83,17 @@ def test_the_smallest_growth_fails() -> None:
     result = constant_state(change)
     assert (result.outcome, result.kind) == ("fail", "state grows")
     assert "1,000 bytes after 10 tokens and 1,001 after 17" in result.message
+
+
+def test_a_memory_of_segments_that_keeps_everything_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = "transformer_xl/field-mem_len", "cache.constant_state", "float32"
+    assert check("reference", *claim).outcome == "pass"
+    monkeypatch.setattr(
+        segment_memory, "remember", lambda old, new, _: new if old is None else torch.cat((old, new), 1)
+    )
+    result = check("reference", *claim)
+    assert (result.outcome, result.kind) == ("fail", "state grows")
+    assert "with mem_len=5 no key older than that is seen again" in result.message
 
 
 # --- packing
@@ -186,3 +198,50 @@ def test_a_model_that_cannot_pack_is_unsupported() -> None:
 def test_logits_of_another_shape_fail() -> None:
     result = packed("packed.logits", packed_by(lambda model, ids, lengths: model(ids, lengths=lengths)[0]))
     assert (result.outcome, result.kind) == ("fail", "shape")
+
+
+# --- generation
+
+
+def greedy(answer: Any) -> Any:
+    def change(model: Any) -> None:
+        model.greedy = answer
+
+    return check(Changed(change), "llama/plain", "generation.greedy")
+
+
+def test_a_model_that_does_not_generate_is_unsupported() -> None:
+    class Plain:
+        def load(self, checkpoint: Any) -> Any:
+            model = Reference("eager").load(checkpoint)
+            return lambda input_ids: model(input_ids)
+
+    for name in ("generation.greedy", "generation.stop_token"):
+        result = check(Plain(), "llama/plain", name)
+        assert (result.outcome, result.message) == ("unsupported", "the model has no greedy()")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (lambda ids, mask, new, stop: [[1] * new], "shape"),
+        (lambda ids, mask, new, stop: [[-1] * new for _ in ids], "type"),
+        (lambda ids, mask, new, stop: [[10**6] * new for _ in ids], "type"),
+        (lambda ids, mask, new, stop: [[1] * (new - 1) for _ in ids], "length"),
+        (lambda ids, mask, new, stop: torch.ones(len(ids), new, dtype=torch.long), "not the likeliest"),
+    ],
+    ids=["rows", "negative", "too-large", "too-few", "always-one"],
+)
+def test_what_is_not_the_likeliest_continuation_fails(answer: Any, kind: str) -> None:
+    result = greedy(answer)
+    assert (result.outcome, result.kind) == ("fail", kind), result
+
+
+@pytest.mark.parametrize("answer", [lambda ids, mask, new, stop: None, lambda ids, mask, new, stop: [[0.5] * new]])
+def test_what_is_no_list_of_ids_is_an_error(answer: Any) -> None:
+    assert greedy(answer).outcome == "error"
+
+
+def test_the_message_names_row_token_and_both_logits() -> None:
+    message = greedy(lambda ids, mask, new, stop: [[1] * new for _ in ids]).message
+    assert "new token 0 of row 0 is 1, whose logit in one forward is" in message

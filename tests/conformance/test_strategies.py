@@ -48,9 +48,21 @@ def test_plan_feeds_at_most_the_longest_text(example: Any) -> None:
     assert sum(example["plan"]) <= LONGEST
 
 
+@given(strategies.packed_texts(LONGEST))
+def test_packed_texts_fill_the_row(example: Any) -> None:
+    assert min(example["lengths"]) >= 1
+    assert sum(example["lengths"]) == LONGEST
+
+
 @given(strategies.ragged_plans(LONGEST, 3))
 def test_ragged_plan_feeds_the_padded_prompts(example: Any) -> None:
     assert sum(example["plan"]) == max(example["lengths"]) + example["extra"] <= LONGEST - 3
+
+
+@given(strategies.ragged_prompts(LONGEST, 3))
+def test_ragged_prompts_leave_room_for_new_tokens(example: Any) -> None:
+    assert max(example["lengths"]) + example["extra"] + 3 <= LONGEST
+    assert len(example["lengths"]) >= 2
 
 
 @given(strategies.interleaved(LONGEST))

@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,8 +16,12 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from conformance.oracles import true_double
 from conformance.oracles.true_double import TrueDouble
 
 LOW = [torch.float32, torch.float16, torch.bfloat16]
@@ -452,3 +457,159 @@ def test_mode_can_be_used_again() -> None:
         with mode:
             assert torch.zeros(1, dtype=torch.float32).dtype is torch.float64
         assert torch.zeros(1).dtype is torch.float32
+
+
+# --- functions that go past the dispatch mode -------------------------------------------------------------------------
+
+X, Y, INDEX = exact(2, 3, 4), exact(2, 4, 3), torch.tensor([1, 0])
+WHOLE, YES = torch.arange(24).reshape(2, 3, 4), torch.ones(2, 3, 4, dtype=torch.bool)
+# What each is called with; some are called with integers too, since that is where C++ takes the default dtype.
+CLOSED: dict[str, list[Callable[[], Any]]] = {}
+
+
+def called_with(names: str, *samples: tuple[Any, ...]) -> None:
+    """Methods of Tensor, each to be called with each of these."""
+    for name in names.split():
+        CLOSED.setdefault(name, []).extend(
+            lambda name=name, with_=with_: getattr(Tensor, name)(*with_) for with_ in samples
+        )
+
+
+called_with("neg square relu sum mean flatten clone detach nonzero unbind", (X,))
+called_with("sqrt exp sin cos tanh sigmoid", (X,), (WHOLE,))
+called_with("add sub mul div pow eq ne lt le gt ge", (X, X + 1), (WHOLE, 2.5))
+called_with("matmul bmm", (X, Y))
+called_with("__and__ __or__", (YES, YES))
+CLOSED["sum"] += [lambda: WHOLE.sum(-1), lambda: WHOLE.sum(dtype=torch.float64)]
+CLOSED["mean"] += [lambda: WHOLE.mean(-1, dtype=torch.float64)]
+CLOSED |= {
+    "to": [lambda: X.to(torch.float64, copy=True), lambda: WHOLE.to(X), lambda: YES.to("cpu", torch.float64)],
+    "unsqueeze": [lambda: X.unsqueeze(0)],
+    "expand": [lambda: X[:1].expand(2, -1, -1)],
+    "contiguous": [lambda: X.transpose(0, 1).contiguous()],
+    "softmax": [lambda: X.softmax(-1), lambda: WHOLE.softmax(-1, dtype=torch.float64)],
+    "clamp": [lambda: X.clamp(min=1.0), lambda: WHOLE.clamp(0.5, 2)],
+    "cumsum": [lambda: X.cumsum(-1), lambda: WHOLE.cumsum(0)],
+    "mm": [lambda: X[0].mm(Y[0])],
+    "__invert__": [lambda: ~YES],
+    "__getitem__": [lambda: X[0], lambda: X[INDEX], lambda: X[YES], lambda: X[..., None, 1:3]],
+    "__setitem__": [lambda: X.clone().__setitem__(0, 0.1), lambda: X.clone().__setitem__(YES, X.view(-1))],
+    "view": [lambda: X.view(-1)],
+    "reshape": [lambda: X.transpose(0, 1).reshape(-1)],
+    "transpose": [lambda: X.transpose(0, 1)],
+    "permute": [lambda: X.permute(2, 0, 1)],
+    "squeeze": [lambda: X[:1].squeeze(0)],
+    "chunk": [lambda: X.chunk(2, -1)],
+    "split": [lambda: X.split(2, -1), lambda: X.split([1, 3], -1)],
+    "masked_fill": [lambda: X.masked_fill(YES, -math.inf)],
+    "repeat_interleave": [lambda: X.repeat_interleave(2, 1), lambda: X.repeat_interleave(INDEX, 0)],
+    "index_put": [lambda: X.index_put((INDEX,), X)],
+    "index_add_": [lambda: X.clone().index_add_(0, INDEX, X)],
+    "gather": [lambda: X.gather(0, WHOLE[:1] * 0)],
+    "topk": [lambda: X.topk(2)],
+    "torch.add": [lambda: torch.add(X, X), lambda: torch.add(WHOLE, 0.1)],
+    "torch.mul": [lambda: torch.mul(X, X), lambda: torch.mul(WHOLE, 0.1)],
+    "torch.matmul": [lambda: torch.matmul(X, Y)],
+    "torch.bmm": [lambda: torch.bmm(X, Y)],
+    "torch.addmm": [lambda: torch.addmm(X[0, 0, :3], X[0], Y[0])],
+    "torch.where": [lambda: torch.where(YES, X, 0.1), lambda: torch.where(YES, 0.1, 0.2), lambda: torch.where(YES)],
+    "torch.rsqrt": [lambda: torch.rsqrt(X), lambda: torch.rsqrt(WHOLE + 1)],
+    "torch.cat": [lambda: torch.cat([X, X]), lambda: torch.cat([X, WHOLE])],
+    "torch.stack": [lambda: torch.stack([X, X])],
+    "torch.softmax": [lambda: torch.softmax(X, -1), lambda: torch.softmax(WHOLE, -1, dtype=torch.float64)],
+    "torch.outer": [lambda: torch.outer(X[0, 0], Y[0, 0])],
+    "F.linear": [lambda: F.linear(X, Y[0].T, Y[0, 0]), lambda: F.linear(X[0], Y[0].T)],
+    "F.embedding": [lambda: F.embedding(INDEX, X[0], padding_idx=0)],
+    "F.silu": [lambda: F.silu(X)],
+    "F.gelu": [lambda: F.gelu(X), lambda: F.gelu(X, approximate="tanh")],
+    "F.relu": [lambda: F.relu(X)],
+    "F.softmax": [lambda: F.softmax(X, -1), lambda: F.softmax(X, -1, dtype=torch.float64)],
+    "F.layer_norm": [lambda: F.layer_norm(X, (4,), X[0, 0], X[0, 0])],
+}
+
+
+class Operations(TorchDispatchMode):
+    """Collects the dtypes of everything that C++ is given and gives."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, result)):
+            self.dtypes |= {value} if isinstance(value, torch.dtype) else {getattr(value, "dtype", torch.int64)}
+        return result
+
+
+class Called(TorchFunctionMode):
+    """Collects the functions that Python code calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: set[Any] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.functions.add(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_what_goes_past_the_dispatch_mode_asks_for_no_low_precision(name: str) -> None:
+    """Outside the mode, but with its default dtype."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        for call in CLOSED[name]:
+            with Operations() as seen:
+                call()
+            assert seen.dtypes, "no operation was seen"
+            assert not seen.dtypes & set(true_double.PROMOTED)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_every_function_that_goes_past_the_dispatch_mode_is_tried() -> None:
+    called = Called()
+    with called:
+        for calls in CLOSED.values():
+            for call in calls:
+                call()
+    assert not true_double._CLOSED - called.functions
+
+
+def test_autocast_is_overruled() -> None:
+    with TrueDouble(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_exact(F.linear(exact(2, 3), exact(2, 3)), exact(2, 3) @ exact(2, 3).T)
+
+
+def test_another_dispatch_mode_sees_every_operation() -> None:
+    with TrueDouble(), Operations() as seen:
+        exact(2, 3).add(1)
+    assert torch.float64 in seen.dtypes
+
+
+class Logged(Tensor):
+    """A tensor whose operations are its own affair, as a DTensor's are."""
+
+    seen: ClassVar[list[str]] = []
+    value: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __new__(cls, value: Tensor) -> Any:
+        wrapper = Tensor._make_wrapper_subclass(cls, value.shape, dtype=value.dtype)
+        wrapper.value = value
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(func._overloadpacket.__name__)
+        return func(*tree_map_only(Logged, lambda wrapper: wrapper.value, args), **(kwargs or {}))
+
+
+def test_a_tensor_with_a_dispatch_of_its_own_keeps_it() -> None:
+    wrapped = Logged(exact(2, 3))
+    Logged.seen.clear()
+    with TrueDouble():
+        torch.add(wrapped, 1)
+        torch.stack([wrapped, wrapped])
+    assert Logged.seen == ["add", "stack"]

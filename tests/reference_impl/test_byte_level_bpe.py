@@ -9,7 +9,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 
-from reference_impl.tokenizer import ByteLevelBPE, load_tokenizer
+from reference_impl.tokenizer import ByteLevelBPE, byte_level_bpe, load_tokenizer
 from reference_impl.tokenizer.byte_level_bpe import Vocabulary, byte_characters, word_pattern
 from tokenizer_directories import of_case
 
@@ -168,3 +168,14 @@ def test_half_of_a_surrogate_pair_is_refused() -> None:
 
 def test_a_long_word_in_seconds() -> None:
     assert ByteLevelBPE(small()).encode("ab" * 100_000) == [256] * 100_000
+
+
+def test_kept_words_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is forgotten is found again."""
+    monkeypatch.setattr(byte_level_bpe, "KEPT_WORDS", 3)
+    tokenizer = ByteLevelBPE(small())
+    words = [f" {letter}" for letter in "abcdefgh"]
+    alone = [tokenizer.encode(word) for word in words]
+    for word, ids in zip(words, alone, strict=True):
+        assert tokenizer.encode(word) == ids
+        assert len(tokenizer._kept) <= 3

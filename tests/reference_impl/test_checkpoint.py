@@ -1,4 +1,5 @@
 import json
+import math
 import random
 import subprocess
 import sys
@@ -238,7 +239,7 @@ def test_a_head_that_is_missing_and_not_tied_is_a_fault(saved):
 def test_integers_are_not_read_as_weights(saved):
     edit(saved / SINGLE, **{"model.norm.weight": torch.ones(10, dtype=torch.int8)})
     (fault,) = faults_of(saved)
-    assert fault.startswith("model.norm.weight is stored as I8: wanted one of")
+    assert fault == "model.norm.weight is stored as I8: wanted one of F64, F32, F16, BF16, in model.safetensors"
 
 
 def test_a_missing_shard_is_named_with_its_tensors(tmp_path):
@@ -279,13 +280,45 @@ def test_a_file_that_was_cut_short_is_refused(saved, length):
 
 def test_one_corrupt_shard_is_one_fault(sharded):
     first = sorted(sharded.glob("*.safetensors"))[0]
+    names = ", ".join(sorted(load_file(first)))
     first.write_bytes(first.read_bytes()[:-1])
     (fault,) = faults_of(sharded)
     assert fault.startswith(f"{first.name} is corrupt or cut short: ")
+    assert fault.endswith(f"{INDEX} says that it holds {names}")
+
+
+@pytest.mark.parametrize("left", [0.3, 0.9])
+def test_the_tensors_that_a_cut_takes_away_are_named(saved, left):
+    """Those that begin before the cut and end behind it, and all behind it; no other."""
+    content = (saved / SINGLE).read_bytes()
+    entries = read_header(saved / SINGLE)
+    end = int(left * len(content))
+    (saved / SINGLE).write_bytes(content[:end])
+    (fault,) = faults_of(saved)
+    lost = {name for name, entry in entries.items() if entry.start + 4 * math.prod(entry.shape) > end}
+    assert 0 < len(lost) < len(entries)
+    assert {part.split(" ")[0] for part in fault.split("; ")[1:]} == lost
+
+
+def test_a_header_that_names_a_tensor_twice_is_refused(saved):
+    """The format forbids it; of two entries one would be lost without a word."""
+    content = (saved / SINGLE).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].rstrip()
+    again = json.dumps(json.loads(header)["model.norm.weight"]).encode()
+    header = header[:-1] + b',"model.norm.weight":' + again + b"}"
+    (saved / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    (fault,) = faults_of(saved)
+    assert fault == "model.safetensors is corrupt or cut short: its header names model.norm.weight twice"
 
 
 def test_a_directory_without_weights_is_refused(tmp_path):
-    assert faults_of(tmp_path) == [f"holds neither {SINGLE} nor {INDEX}; other formats are not read"]
+    nothing = f"holds neither {SINGLE} nor {INDEX}; nothing else is read"
+    assert faults_of(tmp_path) == [nothing]
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "README.md"):
+        (tmp_path / name).touch()
+    way_out = "load it elsewhere, and save it as safetensors"
+    assert faults_of(tmp_path) == [f"{nothing}, not consolidated.safetensors, pytorch_model.bin: {way_out}"]
 
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {"model.norm.weight": 1}}'])
@@ -355,8 +388,9 @@ def test_more_blocks_than_tensors_are_refused_before_they_are_built(saved):
 
 def test_sizes_beyond_64_bits_are_refused(saved):
     change_config(saved, vocab_size=10**30)
-    with pytest.raises(CheckpointError, match=r"config\.json describes a model that cannot be built"):
+    with pytest.raises(CheckpointError, match=r"config\.json describes a model that cannot be built") as raised:
         load_model(saved)
+    assert len(str(raised.value).splitlines()) == 2  # and not a line for each C++ function
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@ from dataclasses import dataclass
 import pytest
 
 from reference_impl import config
+from reference_impl.models.gpt2 import GPT2Config
+from reference_impl.models.phi import PhiConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,14 @@ def test_a_file_of_another_family_is_refused_and_one_that_does_not_say_is_not():
         config.require_model_type({"model_type": "gpt2"}, "llama")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("but", [(), ("scale",)], ids=str)
+def test_numbers_must_be_finite(value, but):
+    """json reads NaN, Infinity and 1e999."""
+    with pytest.raises(ValueError, match=f"scale={value} must be finite"):
+        config.require_positive(Sizes(scale=value, part=1), but=but)
+
+
 @pytest.mark.parametrize("changes", [{"width": 0}, {"scale": -0.5}, {"window": 0}], ids=str)
 def test_numbers_must_be_positive(changes):
     config.require_positive(Sizes())
@@ -73,3 +83,10 @@ def test_division_with_a_rest_is_refused_with_both_numbers():
     config.require_divisible(Sizes(part=4), "width", "part", "")
     with pytest.raises(ValueError, match="width=12 must be divisible by part=5; give a divisor of it"):
         config.require_divisible(Sizes(part=5), "width", "part", "give a divisor of it")
+
+
+def test_keys_that_the_hub_s_files_have_are_known():
+    """distilgpt2 has `_num_labels`, Phi's first releases have `auto_map`."""
+    assert GPT2Config.from_dict({"model_type": "gpt2", "_num_labels": 1, "n_layer": 6}).n_layer == 6
+    auto_map = {"AutoConfig": "configuration_phi.PhiConfig"}
+    assert PhiConfig.from_dict({"model_type": "phi", "auto_map": auto_map, "vocab_size": 51200}).vocab_size == 51200

@@ -1,5 +1,6 @@
 """`python -m reference_impl generate`: what it writes where, and how it ends."""
 
+import io
 import json
 import os
 import subprocess
@@ -206,7 +207,8 @@ def test_the_file_of_the_tokenizer_may_be_named(checkpoint, capsys):
         (["--ids", "1", "--temperature", "0"], "temperature=0.0 must be greater than 0"),
         (["--ids", "1", "--seed", "1"], "--seed is for drawing"),
         (["--ids", "1", "--max-new-tokens", "-1"], "max_new_tokens must be at least 0"),
-        (["--ids", "1", "--device", "nonsense"], "nonsense"),
+        (["--ids", "1", "--top-k", "2", "--seed", str(2**64)], "must be one of −2⁶³ … 2⁶⁴ − 1"),
+        (["--ids", "1", "--device", "nonsense"], "--device nonsense: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -230,10 +232,49 @@ def test_a_damaged_checkpoint_names_file_and_fault(checkpoint, capsys):
     assert "model.safetensors is corrupt or cut short" in capsys.readouterr().err
 
 
-def test_an_eos_that_is_no_number_is_refused(checkpoint, capsys):
-    change(checkpoint / "generation_config.json", eos_token_id="</s>")
+@pytest.mark.parametrize("eos", ["</s>", True, [1, 2.0]], ids=repr)
+def test_an_eos_that_is_no_number_is_refused(checkpoint, capsys, eos):
+    change(checkpoint / "generation_config.json", eos_token_id=eos)
     assert run(checkpoint, "--ids", "1") == 2
-    assert "eos_token_id='</s>' must be a number or a list of numbers" in capsys.readouterr().err
+    assert f"eos_token_id={eos!r} must be a number or a list of numbers" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_an_error(checkpoint, capsys):
+    assert run(checkpoint, "--ids", "1", "--device", "cuda") == 2
+    assert capsys.readouterr().err.startswith("error: --device cuda: ")
+
+
+def test_an_error_amid_the_text_begins_a_line(tmp_path, capsys):
+    save_model(randomised(GPT2(GPT2Config(vocab_size=23, n_embd=12, n_head=3, n_layer=2, n_positions=8))), tmp_path)
+    assert run(tmp_path, "--ids", "3 1 4 1 5", "--max-new-tokens", "12") == 2
+    written = capsys.readouterr()
+    assert len(ids_of(written.out)) == 4
+    assert written.out.endswith("\n")
+    assert written.err.splitlines()[-1].startswith("error: position 8 needs a table of 9 positions, n_positions=8")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_is_an_error_and_no_traceback(checkpoint):
+    started = [sys.executable, "-m", "reference_impl", "generate", "--checkpoint", str(checkpoint), "--ids", "1"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(started, stdout=full, stderr=subprocess.PIPE, text=True, env=os.environ, check=False)
+    assert done.returncode == 2
+    assert "error: [Errno 28]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_character_that_the_terminal_cannot_show_is_escaped(monkeypatch, checkpoint):
+    letters = SimpleNamespace(
+        encode=lambda text, add_special_tokens: [1],
+        decoder=lambda: SimpleNamespace(feed=lambda token: "é", finish=lambda: "你"),
+    )
+    monkeypatch.setattr(command, "load_tokenizer", lambda directory, file: letters)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert run(checkpoint, "--prompt", "a", "--max-new-tokens", "2") == 0
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"\xe9\xe9\\u4f60\n"
 
 
 def test_a_model_with_an_encoder_is_refused(tmp_path, capsys):

@@ -182,6 +182,7 @@ def test_top_p_keeps_the_fewest_that_reach_it():
     assert finite(keep_top_p(logits, 0.8)) == [[1, 1, 0, 1]]
     assert finite(keep_top_p(logits, 1.0)) == [[1, 1, 1, 1]]
     assert finite(keep_top_p(logits, 0.4, min_tokens_to_keep=3)) == [[1, 1, 0, 1]]
+    assert finite(keep_top_p(torch.zeros(1, 4), 0.5)) == [[0, 0, 1, 1]]  # exactly 0.5: no third is needed
 
 
 def test_kept_logits_are_unchanged():

@@ -14,7 +14,7 @@ from conformance.implementations.partition import FAMILIES
 from reference_impl.checkpoint import build, load_config, load_model, load_weights
 from reference_impl.nn.conv1d import Conv1D
 from reference_impl.partition import pipeline, tensor_parallel
-from reference_impl.partition.__main__ import arguments
+from reference_impl.partition.__main__ import arguments, main
 from reference_impl.partition.stand_ins import EmbeddingElsewhere
 
 DEEP = {"gpt": "deep", "gpt2": "deep", "gpt3": "deep", "llama": "mha", "mistral": "window"}
@@ -152,6 +152,22 @@ def test_heads_must_be_shared_out_evenly(tmp_path: Path) -> None:
     model = build(tmp_path / "case", load_config(tmp_path / "case"), "eager")
     with pytest.raises(ValueError, match="6 attention heads must be divisible by ranks=4"):
         tensor_parallel.layouts(model, 4)
+
+
+@pytest.mark.parametrize("wrong", [["--new-tokens", "0"], ["--timeout", "0"], ["--split", "two"]], ids=" ".join)
+def test_arguments_that_make_no_sense_are_status_2(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        arguments(["--checkpoint", "D", "--ids", "1", *wrong])
+    assert ended.value.code == 2
+    assert f"{wrong[0]}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_without_torchrun_the_command_says_how_it_is_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["--checkpoint", "D", "--ids", "1"]) == 2
+    assert capsys.readouterr().err.startswith("error: start it with torchrun --nproc-per-node N")
 
 
 def test_command_line() -> None:

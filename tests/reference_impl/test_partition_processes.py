@@ -1,6 +1,7 @@
 """Partition over processes: pipelines have the bits of one process, tensor parallel its values within the bounds."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,21 @@ def test_gradients_flow_back_through_the_stages(case: str) -> None:
     passes(pipeline(2), case, "golden.gradients", "float64")
 
 
+def test_gradients_have_the_bits_of_one_process() -> None:
+    """In float32: under the float64 mode a gradient that is sent in a coarser dtype would not be coarser."""
+    case, stored = checkpoint("llama/mha")
+    one, several = load_model(stored.path, dtype=torch.float32), pipeline(2).load(stored)
+    for parameter in several.parameters.values():
+        parameter.requires_grad_()
+    for model in (one, several):
+        logits = model(case.ids)
+        (logits["logits"] if isinstance(logits, dict) else logits).square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in several.parameters.items()}
+    assert gradients
+    for name, parameter in one.named_parameters():
+        assert torch.equal(gradients[name], parameter.grad), name
+
+
 # --- tensor parallel
 
 CUTS = [  # ranks, case
@@ -115,6 +131,15 @@ def test_token_ids_fall_into_every_shard_of_the_vocabulary(ranks: int, case: str
 # --- the command
 
 
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+               "-m", "reference_impl.partition", *arguments]  # fmt: skip
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("options", [["--split", "1,2"], ["--by", "columns"]], ids=" ".join)
 def test_the_command_continues_a_prompt_as_one_process_does(options: list[str], tmp_path: Path) -> None:
@@ -124,12 +149,26 @@ def test_the_command_continues_a_prompt_as_one_process_does(options: list[str], 
     for _ in range(4):
         ids = session.feed(ids)[:, -1].argmax(dim=-1, keepdim=True)
         wanted.append(int(ids))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "-m", "reference_impl.partition", "--checkpoint", str(tmp_path / "case"),
-               "--ids", "1,15,4", "--new-tokens", "4", *options]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    done = torchrun(2, "--checkpoint", str(tmp_path / "case"), "--ids", "1,15,4", "--new-tokens", "4", *options)
     assert done.returncode == 0, done.stderr
     assert [int(line.split("\t")[0]) for line in done.stdout.splitlines()] == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ids", "1", "--split", "2,2"], "split=[2, 2] must give every stage a block and add up to 3 blocks"),
+        (["--ids", "1", "--by", "columns", "--split", "1,2"], "--split shares out blocks"),
+        (["--ids", "1", "--backend", "foo"], "--backend foo is not in this build of torch"),
+        (["--ids", "10000"], "prompt 0 holds 10000; token ids are 0 … "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_cannot_be_done_is_one_line_of_each_process(options: list[str], message: str, tmp_path: Path) -> None:
+    """torchrun's own report goes on below it; it may end a process before that has said anything."""
+    Case("mistral/window").export(tmp_path / "case")
+    done = torchrun(2, "--checkpoint", str(tmp_path / "case"), *options)
+    assert done.returncode != 0
+    assert re.search(f"error: rank [01]: {re.escape(message)}", done.stderr)
+    assert "reference_impl/partition/pipeline.py" not in done.stderr  # no traceback of ours
+    assert done.stdout == ""

@@ -176,6 +176,26 @@ def test_a_call_remembers_no_more_than_the_window():
     assert [len(part) for part in cache.writes] == [2 * 4] * 3
 
 
+def tensors_in(thing):
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, list | tuple):
+        for part in thing:
+            yield from tensors_in(part)
+    elif hasattr(thing, "__dict__"):
+        yield from tensors_in([held for name, held in vars(thing).items() if name != "_cache"])  # layer → its cache
+
+
+@pytest.mark.parametrize("window", [4, None])
+def test_what_is_held_between_calls_is_what_is_counted(window):
+    """What waited for the commit is gone."""
+    session = mistral(window).session()
+    session.feed(IDS[:, :9])
+    held = list(tensors_in(session._cache))
+    assert len(held) == 3 * 2 + 1  # keys and values of three layers; how many tokens, or which of them, are real
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == session.state_bytes()
+
+
 def test_a_buffer_is_never_replaced():
     session = mistral(4).session()
     session.feed(IDS[:, :3])

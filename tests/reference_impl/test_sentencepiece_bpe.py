@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from reference_impl.tokenizer import SentencePieceBPE, load_tokenizer
+from reference_impl.tokenizer import SentencePieceBPE, load_tokenizer, sentencepiece_bpe
 from tokenizer_directories import mistral, of_case, sentencepiece_model
 
 TRAINED = ["sentencepiece_bpe/plain", "sentencepiece_bpe/distinct", "sentencepiece_bpe/user-defined",
@@ -183,3 +183,14 @@ def test_a_million_letters_in_seconds(tmp_path: Path) -> None:
     theirs = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     for text in ("a" * 200_000, " " * 200_000, "the others there " * 60_000):
         assert tokenizer.encode(text) == theirs.encode(text)
+
+
+def test_kept_words_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is forgotten is found again."""
+    monkeypatch.setattr(sentencepiece_bpe, "KEPT_WORDS", 3)
+    tokenizer = pieces_of(tmp_path)
+    words = [f" {letter}" for letter in "abcdefgh"]
+    alone = [tokenizer.encode(word) for word in words]
+    for word, ids in zip(words, alone, strict=True):
+        assert tokenizer.encode(word) == ids
+        assert len(tokenizer._kept) <= 3

@@ -137,6 +137,7 @@ def test_a_model_that_is_not_as_llamas(settings: dict[str, Any], words: str, tmp
     ([*PIECES, ("a", -3.0, "NORMAL")], "1 pieces occur twice"),
     ([*PIECES, ("b", -3.0, "UNUSED")], "unused pieces are not implemented"),
     ([("▁", 0.0, "NORMAL"), ("<s>", 0.0, "CONTROL"), ("<0x00>", 0.0, "BYTE")], "1 of 256 byte pieces and no unknown"),
+    ([*PIECES, ("<0xZZ>", 0.0, "BYTE")], "the byte piece '<0xZZ>' must be one of <0x00> … <0xFF>"),
     ([("<unk>", 0.0, "UNKNOWN"), ("a", 0.0, "NORMAL")], "bos_token='<s>', which is not in the vocabulary"),
 ])  # fmt: skip
 def test_pieces_that_cannot_be_used(pieces: Any, words: str, tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def sentencepiece_model_without_import(directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "\ufeff{}", "null"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "\ufeff{}", "null", "[" * 100_000], ids=repr)
 def test_tokenizer_json_is_broken(content: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
     assert "tokenizer.json: " in refused(tmp_path)
@@ -168,6 +169,7 @@ def test_tokenizer_json_is_no_utf8(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [{}, {"model": None}, {"model": {"type": "BPE"}},
                                      {"model": {"vocab": [], "merges": []}},
+                                     {"model": {"vocab": {}, "merges": []}},
                                      {"model": {"vocab": {"a": 0}, "merges": [1]}, "added_tokens": 3}])  # fmt: skip
 def test_tokenizer_json_is_of_another_shape(content: Any, tmp_path: Path) -> None:
     write_json(tmp_path / "tokenizer.json", content)
@@ -189,6 +191,12 @@ NOT_IMPLEMENTED: dict[str, tuple[str, Any]] = {
     "wanted split=false": ("sentencepiece_bpe/field-legacy", lambda c: c["pre_tokenizer"].update(split=True)),
     "a normalizer NFC": (BYTE_LEVEL, lambda c: c.update(normalizer={"type": "NFC"})),
     "use_regex must be true": (BYTE_LEVEL, lambda c: c["pre_tokenizer"].update(use_regex=False)),
+    "every value of model.vocab": (SENTENCEPIECE, lambda c: c["model"]["vocab"].update(a_hole_of=10**12)),
+    "merge 1, 'q' with 'zz'": (SENTENCEPIECE, lambda c: c["model"]["merges"].insert(0, ["q", "zz"])),
+    "has id 1000000000000": (SENTENCEPIECE, lambda c: c["added_tokens"][0].update(id=10**12)),
+    "has id -1": (BYTE_LEVEL, lambda c: c["added_tokens"][0].update(id=-1)),
+    "has id '7'": (BYTE_LEVEL, lambda c: c["added_tokens"][0].update(id="7")),
+    "the added token 5 has id": (BYTE_LEVEL, lambda c: c["added_tokens"][0].update(content=5)),
     "lacks the bytes": (BYTE_LEVEL, lambda c: c["model"]["vocab"].pop("Ġ")),
 }  # fmt: skip
 
