@@ -18,9 +18,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from types import CodeType, SimpleNamespace
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -32,10 +32,11 @@ from conformance.component import ComponentCandidate
 from conformance.families import Component, Config, Family, get
 from conformance.implementation import Candidate, Implementation, load_checkpoint, precision, vocabulary
 from conformance.implementations import reference
+from conformance.implementations.ranks import Handle
 from conformance.judge import Compared, Judge, Result
 from conformance.mistakes import Mistake, catalogue
 from conformance.mistakes.patching import Patch
-from conformance.mutation import model_under, mutant
+from conformance.mutation import model_under, mutant, over_ranks
 from conformance.pristine import pristine
 from conformance.probes import word
 from conformance.signatures import Wrong, signature
@@ -84,10 +85,42 @@ def both(first: Hypothesis, second: Hypothesis) -> Hypothesis:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """Over what processes a candidate runs: one, where count is 1; or `stages`, where the check partitions a model."""
+
+    count: int = 1
+    stages: bool = False
+
+    def make(self, mistake: Mistake) -> bool:
+        """Whether a mistake of a partition could be made so."""
+        return mistake.partition == "pipeline" if self.stages else self.count > 1
+
+    @property
+    def key(self) -> str:
+        return "partition." if self.stages else ""
+
+
+ONE = Ranks()
+
+
+def ranks_of(judge: Judge, check: str) -> Ranks:
+    handle = getattr(getattr(judge.candidate, "model", None), "handle", None)
+    return Ranks(handle.ranks.count if isinstance(handle, Handle) else 1, check.startswith("partition."))
+
+
 @cache
-def hypotheses(family: str) -> tuple[Hypothesis, ...]:
-    """Everything that can be simulated in a family: the catalogue's mistakes, then the fields."""
-    known = [of_mistake(mistake) for mistake in catalogue().values() if family in mistake.families]
+def hypotheses(family: str, ranks: Ranks = ONE) -> tuple[Hypothesis, ...]:
+    """Everything that can be simulated in a family: the catalogue's mistakes, then the fields.
+
+    A partition that gives other bits than one process has a mistake of partitions, and no other.
+    """
+    of_family = [mistake for mistake in catalogue().values() if family in mistake.families]
+    parted = [of_mistake(mistake) for mistake in of_family if mistake.partition and ranks.make(mistake)]
+    parted.sort(key=lambda hypothesis: hypothesis.mistakes[0].partition)  # pipelines are simulated fastest
+    if ranks.stages:
+        return tuple(parted)
+    known = parted + [of_mistake(mistake) for mistake in of_family if not mistake.partition]
     fields = [
         Hypothesis(
             field.name, f"the values are those with {field.name} at its default, {field.default}",
@@ -114,6 +147,9 @@ class Simulation(Judge):
         got = got.detach().to(device="cpu", dtype=torch.float64)
         self.compared.append(Compared(what, got, truth, noise, scale, real))
 
+    def identical(self, got: Any, wanted: Any, what: str) -> None:
+        self.compare(got, wanted.detach().to(device="cpu", dtype=torch.float64), what=what)
+
     def run(self, check: Check) -> Values:
         check(self)
         return by_name(self.compared)
@@ -131,8 +167,9 @@ def by_name(compared: Iterable[Compared]) -> Values:
 class Simulator:
     """The reference, on one claim, with and without mistakes; remembers what it has simulated."""
 
-    def __init__(self, check: Check, case: "Case", dtype: str):
+    def __init__(self, check: Check, case: "Case", dtype: str, ranks: Ranks = ONE):
         self.check, self.case, self.dtype, self.family = check, case, dtype, get(case.family)
+        self.ranks, self.hypotheses = ranks, hypotheses(case.family, ranks)
         self._is_component = isinstance(self.family, Component)
         self._model: Any = None
         self._loading: set[CodeType] = set()  # what was called while it was loaded
@@ -149,6 +186,8 @@ class Simulator:
 
     def _simulate(self, hypothesis: Hypothesis | None) -> Values | None:
         try:
+            if self.ranks.stages or (hypothesis and _of_partition(hypothesis)):
+                return self._partitioned(hypothesis.mistakes if hypothesis else ())
             if hypothesis is not None and hypothesis.mistakes and not hypothesis.field and not self._is_component:
                 patch = Patch(*hypothesis.mistakes)
                 if not self._acts_on_loading(patch):
@@ -158,6 +197,12 @@ class Simulator:
             return self._run(self._loaded(implementation, case), implementation)
         except Exception:  # a mistake that cannot be made here, or that does not run
             return None
+
+    def _partitioned(self, mistakes: Sequence[Mistake]) -> Values:
+        """Over threads for ranks, as many as the candidate has."""
+        kind = mistakes[0].partition if mistakes else "pipeline"
+        implementation = mutant(*mistakes, of=over_ranks(kind, self.ranks.key, self.ranks.count))
+        return self._run(self._loaded(implementation, self.case), implementation)
 
     def _run(self, candidate: Any, implementation: Implementation) -> Values:
         return Simulation(self.case, self.dtype, "cpu", implementation, candidate).run(self.check)
@@ -281,18 +326,32 @@ def truths(values: Values) -> Values:
 
 # --- searching --------------------------------------------------------------------------------------------------------
 
+
 # What was found in one implementation: diagnoses of a family are tried first in its other claims, and a case whose
 # mistake is unknown is not searched for again in the same kind of check.
-_found: "WeakKeyDictionary[Implementation, SimpleNamespace]" = WeakKeyDictionary()
+@dataclass
+class Recall:
+    known: list[tuple[Hypothesis, ...]] = field(default_factory=list)
+    unknown: list[tuple[str, str]] = field(default_factory=list)
+
+
+_found: "WeakKeyDictionary[Implementation, Recall]" = WeakKeyDictionary()
+
+
+def recalled(implementation: Implementation) -> Recall:
+    return _found.setdefault(implementation, Recall())
 
 
 def diagnose(check: Check, judge: Judge, result: Result) -> tuple[dict[str, Any] | None, list[str]]:
     """The diagnosis (as the run's schema has it) of a failed check, or None with a note why there is none."""
-    failing, simulated = _failing(check, judge), simulator(check, judge.case, judge.dtype)
+    failing, simulated = (
+        _failing(check, judge),
+        simulator(check, judge.case, judge.dtype, ranks_of(judge, result.claim.check)),
+    )
     right = simulated.right
     if right is None or not difference(right, truths(right), judge.case, judge.dtype)[1]:
         return None, ["not diagnosed: reference_impl itself does not pass this claim in this process"]
-    memory = _found.setdefault(judge.implementation, SimpleNamespace(known=[], unknown=[]))
+    memory = recalled(judge.implementation)
     kind = judge.case.name, result.claim.check.split(".")[0]
     searched = kind in memory.unknown or len(memory.unknown) >= MOST_UNKNOWN
     search = Search(simulated, failing, suspects(judge.case, result.divergence), result.claim.check)
@@ -300,11 +359,12 @@ def diagnose(check: Check, judge: Judge, result: Result) -> tuple[dict[str, Any]
     if not hits and not searched:
         hits = search.first_that_reproduce(search.stages()) or search.two_at_once(result.divergence)
         if hits:
+            hits = search.with_lookalikes(hits)
             memory.known.append(tuple(hypothesis for _, hypothesis in hits))
         else:
             memory.unknown.append(kind)
     if hits:
-        return _named(hits), []
+        return named(hits), []
     return _unknown(search, failing, result, searched), []
 
 
@@ -320,15 +380,23 @@ class Search:
     def __init__(self, simulator: Simulator, failing: Failing, touched: frozenset[str], check: str):
         self.simulator, self.failing, self.touched, self.check = simulator, failing, touched, check
         self.near: Hits = []
-        self.ends = time.perf_counter() + SECONDS
+        self.ends = time.perf_counter() + (SECONDS if simulator.ranks == ONE else 2 * SECONDS)
         self.out_of_time = False
 
     def stages(self) -> Iterator[Sequence[Hypothesis]]:
-        """Those that touch the first wrong tensor; those that this check must kill; the others."""
-        remaining = list(hypotheses(self.failing.judge.case.family))
-        for wanted in (self._touching, self._killed_here, lambda _: True):
+        """Those of a partition, where the candidate is one; those that touch the first wrong tensor; those that this
+        check must kill; the others.
+        """
+        remaining = list(self.simulator.hypotheses)
+        for wanted in (_of_partition, self._touching, self._killed_here, lambda _: True):
             yield [h for h in remaining if wanted(h)]
             remaining = [h for h in remaining if not wanted(h)]
+
+    def with_lookalikes(self, hits: Hits) -> Hits:
+        """What ranks do wrong may look like a mistake of one process at what it touches; then both are named."""
+        touched = frozenset[str]().union(*(h.touches for _, h in hits if _of_partition(h)))
+        alike = [h for h in self.simulator.hypotheses if not _of_partition(h) and not touched.isdisjoint(h.touches)]
+        return _best(hits + self.first_that_reproduce([alike]))
 
     def _touching(self, hypothesis: Hypothesis) -> bool:
         return not self.touched.isdisjoint(hypothesis.touches)
@@ -347,8 +415,7 @@ class Search:
                 if (apart := self._try(hypothesis)) is not None:
                     hits.append((apart, hypothesis))
             if hits:
-                best = min(apart for apart, _ in hits)
-                return [hit for hit in hits if hit[0] <= max(10 * best, EQUALLY_GOOD)]
+                return _best(hits)
         return []
 
     def _try(self, hypothesis: Hypothesis) -> float | None:
@@ -363,7 +430,7 @@ class Search:
             return []
         self.ends += SECONDS
         first, recorded = divergence["first_wrong"], localise.record_forward(judge)
-        touching = [h for h in hypotheses(judge.case.family) if self._touching(h) and h.mistakes]
+        touching = [h for h in self.simulator.hypotheses if self._touching(h) and h.mistakes]
         for one in touching:
             if time.perf_counter() > self.ends:
                 return []
@@ -371,10 +438,19 @@ class Search:
             if second_wrong is None:
                 continue
             words = suspects(judge.case, second_wrong)
-            pairs = [both(one, h) for h in hypotheses(judge.case.family) if not words.isdisjoint(h.touches)]
+            pairs = [both(one, h) for h in self.simulator.hypotheses if not words.isdisjoint(h.touches)]
             if hits := self.first_that_reproduce([pairs]):
                 return hits
         return []
+
+
+def _of_partition(hypothesis: Hypothesis) -> bool:
+    return any(mistake.partition for mistake in hypothesis.mistakes)
+
+
+def _best(hits: Hits) -> Hits:
+    best = min(apart for apart, _ in hits)
+    return [hit for hit in hits if hit[0] <= max(10 * best, EQUALLY_GOOD)]
 
 
 def _moves_on(
@@ -420,7 +496,7 @@ def suspects(case: "Case", divergence: dict[str, Any] | None) -> frozenset[str]:
 # --- saying it --------------------------------------------------------------------------------------------------------
 
 
-def _named(hits: Hits) -> dict[str, Any]:
+def named(hits: Hits) -> dict[str, Any]:
     found = [hypothesis for _, hypothesis in hits]
     fields, mistakes = [h for h in found if not h.mistakes], [h for h in found if h.mistakes]
     named = mistakes or fields
@@ -446,7 +522,11 @@ def _unknown(search: Search, failing: Failing, result: Result, searched: bool) -
         _has_rows(judge, last.what),
     )  # fmt: skip
     said = ["the same call gives other values when it is repeated"] if failing.unsteady else []
-    if sign := signature(wrong):
+    if difference(failing.values, truths(failing.values), judge.case, judge.dtype)[1]:
+        said.append(
+            f"as small as {judge.dtype} allows: other arithmetic (a kernel, an order of sums), the same function"
+        )
+    elif sign := signature(wrong):
         said.append(sign)
     near = sorted((hit for hit in search.near if hit[0] <= NEAR * failing.error < math.inf), key=lambda hit: hit[0])[:3]
     if near:
@@ -455,7 +535,7 @@ def _unknown(search: Search, failing: Failing, result: Result, searched: bool) -
     if not searched:
         said.append(f"none of {len(search.near)} simulated mistakes gives these values")
     if search.out_of_time:
-        said.append(f"{len(hypotheses(judge.case.family)) - len(search.near)} were not tried for want of time")
+        said.append(f"{len(search.simulator.hypotheses) - len(search.near)} were not tried for want of time")
     text = "; ".join(said) or "see the other failures of this implementation"
     return {"kind": "unknown", "id": None, "text": text, "reproduced_to": None, "fix": ""}
 

@@ -129,6 +129,19 @@ class Compared:
         return bounds.within(bounds.measure(got, truth, self.scale), dtype, oracle)
 
 
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a check asked of a tokenizer: what it was given (texts, or rows of ids), what came, what is right."""
+
+    given: Sequence[Any]
+    got: Sequence[Any]
+    wanted: Sequence[Any]
+
+    def wrong(self) -> list[int]:
+        """Which of them are."""
+        return [n for n, (got, wanted) in enumerate(zip(self.got, self.wanted, strict=True)) if got != wanted]
+
+
 class Judge:
     """What a check works with: the case, the loaded candidate, and comparison against the truth.
 
@@ -137,7 +150,7 @@ class Judge:
     forward: the plainest check of its kind; when that fails, others do.
     worst: the largest error that the check at hand has met.
     plan: sizes of the calls that it fed a session, when that can be replayed for localisation.
-    compared: every comparison of the check at hand.
+    compared: every comparison of the check at hand.  answers: what it asked of a tokenizer.
     forward_is_right: what `golden.logits` came to in this dtype, once it has been judged.
     settings: how properties are searched, and whether failures are diagnosed.
     example: the one that broke the property at hand; examples: how many were run; also: what else was broken;
@@ -170,6 +183,7 @@ class Judge:
         self.worst: bounds.Judgement | None = None
         self.plan: list[int] = []
         self.compared: list[Compared] = []
+        self.answers: Answers | None = None
         self.candidate.calls = 0
         self.example: Example | None = None
         self.examples, self.also, self.out_of_time = 0, list[str](), False
@@ -293,6 +307,8 @@ class Judge:
         if (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
             raise Misbehaviour("shape", f"{what} are {tuple(got.shape)} in {got.dtype}, "
                                f"wanted {tuple(wanted.shape)} in {wanted.dtype}")  # fmt: skip
+        mine, other = (values.detach().to(device="cpu", dtype=torch.float64) for values in (got, wanted))
+        self.compared.append(Compared(what, mine, other))
         judgement = bounds.identical(got, wanted)
         self._keep_worst(judgement)
         if not judgement.passed:
@@ -358,7 +374,7 @@ def _explain(session: Judge, result: Result) -> None:
     elif forward != FORWARD[0] or session.example is not None:
         # There is nothing inside a component or tokenizer to look at, and no probes for drawn inputs
         return
-    elif result.claim.check == forward or session.plan:
+    elif (result.claim.check == forward or session.plan) and session.settings.localise:
         try:
             result.divergence, result.notes = localise(session)
         except Exception as error:
@@ -373,14 +389,18 @@ def _diagnose(check: Callable[[Judge], None], session: Judge, result: Result) ->
     """Name the mistake.  Never changes the verdict.
 
     A failure that a counterfactual of the golden reproduces has its name already; what follows from a wrong forward is
-    not diagnosed again.
+    not diagnosed again (what a tokenizer decodes does not follow from what it encodes).
     """
-    follows = result.claim.check != session.forward and session.forward_is_right is False
-    if result.equals or follows or not session.settings.diagnose or not session.compared:
+    if result.equals or not session.settings.diagnose:
         return
+    follows = result.claim.check != session.forward and session.forward_is_right is False
     try:
-        from conformance.diagnosis import diagnose
-
+        if session.answers is not None:
+            from conformance.text_diagnosis import diagnose
+        elif session.compared and not follows:
+            from conformance.diagnosis import diagnose
+        else:
+            return
         result.diagnosis, notes = diagnose(check, session, result)
         result.notes += notes
     except Exception as error:

@@ -21,6 +21,8 @@ import torch
 from conformance.cases import Case, Claim, Manifest
 from conformance.families import FAMILIES
 from conformance.implementation import DTYPES, Implementation
+from conformance.implementations import partition
+from conformance.implementations.ranks import RankedModel
 from conformance.implementations.reference import Reference
 from conformance.judge import Judge, Result, judge
 from conformance.mistakes import Mistake, catalogue, get
@@ -28,6 +30,7 @@ from conformance.mistakes.patching import Patch
 from conformance.probes import word
 from conformance.search import Settings
 from conformance.suite import checks
+from conformance.suite.test_partition import STAGES
 
 # What a mutant can come to in a family.
 #   killed           a check that the mistake names failed it
@@ -67,17 +70,35 @@ class Outcome:
 # --- a mistake as an implementation -----------------------------------------------------------------------------------
 
 
-def mutant(*mistakes: Mistake) -> Implementation:
-    """The reference with some mistakes, as an implementation like any other."""
-    patch, reference = Patch(*mistakes), Reference("eager")
+def mutant(*mistakes: Mistake, of: Any = None) -> Implementation:
+    """The reference with some mistakes, as an implementation like any other.
+
+    of: what is mistaken, where it is not the model in one process (`over_ranks`).
+    """
+    patch, right = Patch(*mistakes), Reference("eager") if of is None else of
 
     def load(checkpoint: Any) -> Any:
         with patch:
-            model = reference.load(checkpoint)
+            model = right.load(checkpoint)
         return model_under(patch, model)
 
     name = "reference_impl with " + " and ".join(mistake.id for mistake in mistakes)
     return Implementation(name, name, frozenset(FAMILIES), frozenset(DTYPES), load)
+
+
+# Ranks that simulate a partition; three share heads of two, and blocks, unevenly.
+RANKS = {"pipeline": 2, "tensor parallel": 3}
+
+
+def over_ranks(kind: str, check: str, ranks: int | None = None) -> Any:
+    """What a mistake of a partition is made in: the reference over threads for ranks; for a check that partitions a
+    model itself, the reference in one process that does so with such.
+    """
+    if not check.startswith("partition."):
+        return partition.simulated(kind, ranks or RANKS[kind])
+    whole = Reference("eager")
+    whole.pipelines = {stages: partition.simulated("pipeline", stages) for stages in STAGES}
+    return whole
 
 
 def _under(patch: Patch, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,6 +139,11 @@ def model_under(patch: Patch, model: Any) -> Any:
             return SimpleNamespace(feed=_method_under(patch, opened, "feed"))
 
         patched.session = session
+    if isinstance(model, RankedModel):  # which its backward asks by itself
+        model.gradients = _under(patch, model.gradients)  # type: ignore[method-assign]
+    if hasattr(model, "partitioned"):
+        partitioned = _under(patch, model.partitioned)
+        patched.partitioned = lambda stages: model_under(patch, partitioned(stages))
     if hasattr(model, "packed"):
         patched.packed = _method_under(patch, model, "packed")
     return patched
@@ -153,18 +179,18 @@ def ordered(mistake: Mistake, family: str) -> list[Claim]:
         first = (order, mistake.killed_by.index(claim.check)) if named else ()
         return not named, label == "long", *first, label != "distinct"
 
-    return sorted(_seeing(family), key=key)
+    return sorted(_seeing(family, mistake.partition == "pipeline"), key=key)
 
 
 @cache
-def _seeing(family: str) -> tuple[Claim, ...]:
-    """The family's claims that a mutant can fail."""
-    return tuple(claim for claim in _manifest().claims() if claim.family == family and _can_see(claim.check))
+def _seeing(family: str, stages: bool) -> tuple[Claim, ...]:
+    """The family's claims that a mutant can fail; stages: one whose ranks are simulated when a check partitions it."""
+    return tuple(claim for claim in _manifest().claims() if claim.family == family and _can_see(claim.check, stages))
 
 
-def _can_see(check: str) -> bool:
-    """A patch is in this process alone: what a check starts elsewhere runs the right code."""
-    return not check.startswith("partition.")
+def _can_see(check: str, stages: bool) -> bool:
+    """A patch is in this process alone: what a check starts elsewhere runs the right code, but for simulated ranks."""
+    return stages or not check.startswith("partition.")
 
 
 def judge_mutant(mistake: Mistake, family: str, *, everything: bool = False) -> Outcome:
@@ -172,9 +198,9 @@ def judge_mutant(mistake: Mistake, family: str, *, everything: bool = False) -> 
 
     Of a declared equivalent, the float64 claims of the named checks are run: those that would show it.
     """
-    started, implementation = time.perf_counter(), mutant(mistake)
+    started = time.perf_counter()
     outcome = Outcome(mistake.id, family, "survived")
-    for result in _results(implementation, _wanted(mistake, family)):
+    for result in _results(mistake, _wanted(mistake, family)):
         outcome = replace(outcome, claims=outcome.claims + 1)
         if result.outcome in ("pass", "unsupported"):
             continue
@@ -199,14 +225,21 @@ def _wanted(mistake: Mistake, family: str) -> list[Claim]:
     return claims
 
 
-def _results(implementation: Implementation, claims: Iterable[Claim]) -> Iterator[Result]:
-    judges: dict[tuple[str, str], Judge] = {}
+def _results(mistake: Mistake, claims: Iterable[Claim]) -> Iterator[Result]:
+    judges: dict[tuple[str, str, bool], Judge] = {}
+
+    def mistaken(stages: bool) -> Implementation:
+        if not mistake.partition:
+            return mutant(mistake)
+        return mutant(mistake, of=over_ranks(mistake.partition, "partition." if stages else ""))
+
+    by_stages = {stages: mistaken(stages) for stages in ((False, True) if mistake.partition else (False,))}
 
     def prepared(claim: Claim) -> Judge:
-        key = claim.case, claim.dtype
+        key = claim.case, claim.dtype, claim.check.startswith("partition.")
         if key not in judges:
-            judges[key] = Judge(implementation, _case(claim.case), claim.dtype, "cpu")
-            judges[key].settings = Settings(diagnose=False)
+            judges[key] = Judge(by_stages[key[2]], _case(claim.case), claim.dtype, "cpu")
+            judges[key].settings = Settings(diagnose=False, localise=not mistake.partition)
         return judges[key]
 
     for claim in claims:
@@ -243,16 +276,23 @@ class CannotMutate(ValueError):
 def pairs(families: Iterable[str] = (), mistakes: Iterable[str] = ()) -> list[tuple[str, str]]:
     """Mistake and family of every mutant that is asked for; an empty filter is all.
 
+    A mistake of a partition is made outside the blocks, where families hardly differ: unless families are asked for,
+    it is judged in its first.
+
     Raises: ValueError for an unknown name, or if there is no such mutant.
     """
     if unknown := set(families) - set(FAMILIES):
         raise ValueError(f"unknown family {', '.join(sorted(unknown))}; there is {', '.join(FAMILIES)}")
     chosen = [get(identifier) for identifier in mistakes] or list(catalogue().values())
     wanted = set(families) or set(FAMILIES)
-    found = [(mistake.id, family) for mistake in chosen for family in mistake.families if family in wanted]
+    found = [(mistake.id, family) for mistake in chosen for family in _judged_in(mistake, families) if family in wanted]
     if not found:
         raise ValueError("no mistake of these can be made in any of these families")
     return found
+
+
+def _judged_in(mistake: Mistake, families: Iterable[str]) -> tuple[str, ...]:
+    return mistake.families[:1] if mistake.partition and not families else mistake.families
 
 
 def run(chosen: list[tuple[str, str]], jobs: int = 1, everything: bool = False) -> Iterator[Outcome]:

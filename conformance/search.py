@@ -50,7 +50,7 @@ class Settings:
     example: this one alone.
     listing: run nothing, but raise Listed with examples that could be drawn.
     seconds: no further example is begun after so long.
-    diagnose: simulate known mistakes on a failure, which takes seconds.
+    diagnose: simulate known mistakes on a failure, which takes seconds.  localise: look for the first wrong tensor.
     """
 
     profile: str = DEFAULT_PROFILE
@@ -59,6 +59,7 @@ class Settings:
     listing: bool = False
     seconds: float = 20.0
     diagnose: bool = True
+    localise: bool = True
 
 
 class NotAnExample(ValueError):

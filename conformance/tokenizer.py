@@ -66,11 +66,12 @@ class TokenizerCandidate:
         for method in ("encode", "decode"):
             if not callable(getattr(self.tokenizer, method, None)):
                 raise Misbehaviour("type", f"load returned a {type(self.tokenizer).__name__} without {method}(…)")
+        self.declared = {method: _named(getattr(self.tokenizer, method)) for method in ("encode", "decode")}
 
     def encode(self, text: str, **wanted: bool) -> list[int]:
         """The ids of a text.  Raises: Unsupported if `encode` does not name an option that is wanted."""
         self.calls += 1
-        declared = _named(self.tokenizer.encode)
+        declared = self.declared["encode"]
         if missing := [option for option in wanted if option not in declared]:
             raise Unsupported(f"encode takes no {missing[0]}")
         options = {option: wanted.get(option, False) for option in ENCODE_OPTIONS if option in declared}
@@ -80,7 +81,7 @@ class TokenizerCandidate:
 
     def decode(self, ids: list[int]) -> str:
         self.calls += 1
-        options = {"skip_special_tokens": True} if "skip_special_tokens" in _named(self.tokenizer.decode) else {}
+        options = {"skip_special_tokens": True} if "skip_special_tokens" in self.declared["decode"] else {}
         with running(f"decode({_shown(ids)})"):
             returned = self.tokenizer.decode(list(ids), **options)
         return _text(returned, "decode")

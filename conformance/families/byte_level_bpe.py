@@ -35,13 +35,17 @@ _INVALID = (
 )  # fmt: skip
 # Phi's tokenizer has runs of spaces and tabs beside its vocabulary.
 _ADDED = ("  ", "    ", "\t\t")
+# Tokens to which no merges lead, as vocabularies have them that were trained in another way.
+_UNMERGED = ("quixotic", "Ġzephyr", "zzz")
 
 
 def files(vocabulary: str, settings: Config) -> dict[str, bytes]:
-    """plain: as trained.  spaces: with runs of spaces as added tokens, which are no special ones."""
+    """plain: as trained.  spaces: with runs of spaces as added tokens, which are no special ones.  unmerged: with
+    words that are tokens, and that no merges make."""
     from conformance.oracles.tokenizer_training import byte_level_files, trained_merges
 
-    return byte_level_files(trained_merges(420), SPECIAL, _ADDED if vocabulary == "spaces" else (), settings)
+    added, unmerged = _ADDED if vocabulary == "spaces" else (), _UNMERGED if vocabulary == "unmerged" else ()
+    return byte_level_files(trained_merges(420), SPECIAL, added, settings, unmerged)
 
 
 def truth(files: dict[str, bytes]) -> Any:
@@ -62,7 +66,7 @@ FAMILY = Tokenizer(
     encode   the text is cut into words by the pattern below; merges never cross their borders
              's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
              the UTF-8 bytes of a word are merged: the pair that is first in the list of merges first, of equal ones the
-             leftmost
+             leftmost; a word that is a token as it stands is merged like any other
              special tokens are never found in text ...
     special  ... but with parse_special; added tokens that are no special ones always are
     decode   special tokens have no text; bytes become characters, and what belongs to none U+FFFD, one for each maximal
@@ -87,6 +91,12 @@ FAMILY = Tokenizer(
                    "special_tokens": _SPECIAL},
             tokens={"decode": (*_DECODED, ("a", "    ", "a"), ("  ", "\t\t"))},
             claims=_claims("encode", "spaces", "special_tokens", "decode", "round_trip"),
+        ),
+        TokenizerRecipe(
+            name="byte_level_bpe/unmerged", summary="words that are tokens, and that no merges make: merges decide",
+            settings=_PLAIN, vocabulary="unmerged", claims=_claims("encode"),
+            texts={"encode": ("quixotic", "zephyr", " zephyr", "quixotic zephyr", "quixotically", "zzz", "zzzz",
+                              "the zzz", "the quick", "zephyr's")},
         ),
         TokenizerRecipe(
             name="byte_level_bpe/field-add_prefix_space", summary="a space is put before a text that begins with none",

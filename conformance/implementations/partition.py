@@ -1,6 +1,7 @@
 """`reference_impl` over several processes: pipeline stages, and tensor parallel."""
 
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -115,6 +116,16 @@ def pipeline(stages: int, attention: str = "eager") -> OverRanks:
 def tensor_parallel(ranks: int) -> OverRanks:
     name = f"reference_impl, tensor parallel over {ranks} ranks"
     return OverRanks(load_tensor_parallel_rank, name=name, families=FAMILIES, ranks=ranks)
+
+
+@cache
+def simulated(kind: Literal["pipeline", "tensor parallel"], ranks: int) -> OverRanks:
+    """The same with threads of this process for ranks, so that a patch of `reference_impl` reaches them."""
+    from conformance.implementations.threads import Threads  # imports much of torch.distributed
+
+    made = pipeline(ranks) if kind == "pipeline" else tensor_parallel(ranks)
+    made.group = Threads(ranks)
+    return made
 
 
 IMPLEMENTATIONS = {

@@ -83,7 +83,8 @@ class OverRanks:
         settings: Mapping[str, Any] | None = None,
     ):
         self.name, self.families = name, frozenset(families)
-        self.load_rank, self.settings, self.group = load_rank, dict(settings or {}), Ranks(ranks, backend)
+        self.load_rank, self.settings = load_rank, dict(settings or {})
+        self.group: Any = Ranks(ranks, backend)
 
     def load(self, checkpoint: Any) -> "RankedModel":
         shared = RankCheckpoint(checkpoint.path, checkpoint.config, checkpoint.dtype, checkpoint.device)

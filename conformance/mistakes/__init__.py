@@ -29,6 +29,8 @@ TOPICS = (
     "switch_transformer",
     "translation",
     "tokenizer",
+    "detokenizer",
+    "partition",
 )  # fmt: skip
 
 Replace = Callable[[Any], Any]
@@ -59,6 +61,7 @@ class Mistake:
     touches: words of the probe vocabulary, without `encoder.` or `decoder.`, that it can make wrong first.
     equivalent: family -> why no output can show it there.
     precision: why it shows in working dtypes only; empty for a mistake of the maths.
+    partition: "pipeline" or "tensor parallel" for a mistake of a model over several processes; empty for others.
     """
 
     id: str
@@ -73,6 +76,7 @@ class Mistake:
     touches: tuple[str, ...] = ()
     equivalent: Mapping[str, str] = field(default_factory=dict)
     precision: str = ""
+    partition: str = ""
 
     def to_text(self) -> str:
         """The entry for a terminal."""
@@ -80,6 +84,7 @@ class Mistake:
             "What it does": self.what, "Why it is wrong": self.why, "How it shows": self.shows, "Fix": self.fix,
             "Seen in": self.seen, "Families": ", ".join(self.families), "Killed by": ", ".join(self.killed_by),
             "First wrong": ", ".join(self.touches), "Working dtypes only": self.precision,
+            "Only over several processes": self.partition,
             **{f"No output shows it in {family}": reason for family, reason in self.equivalent.items()},
         }  # fmt: skip
         return "\n\n".join([self.id, *(f"{title}: {text}" for title, text in parts.items() if text)])

@@ -320,6 +320,18 @@ _TOP_K = (
         touches=OUTPUT,
     ),
     Mistake(
+        id="route-weights-constant",
+        families=BOTH,
+        what="The router gives each chosen expert the weight 1 / k.",
+        why="The weights are its softmax.",
+        shows="Nothing while the router is undecided, as at initialisation.",
+        fix="Softmax of the chosen logits.",
+        seen="edwardcapriolo/deliverance#87",
+        swaps=(Swap(ROUTE, routed(lambda logits, weights, chosen: torch.full_like(weights, 1 / weights.shape[-1]))),),
+        killed_by=FORWARD,
+        touches=ROUTED,
+    ),
+    Mistake(
         id="route-weights-misaligned",
         families=BOTH,
         what="Weights belong to other experts than those that they are paired with: one list is sorted and the "
@@ -565,6 +577,10 @@ def over_batch(wanted: Tensor, capacity: int) -> Tensor:
     return wanted.flatten(0, 1).cumsum(dim=0).view_as(wanted) <= capacity * len(wanted)
 
 
+def as_one_row(wanted: Tensor, capacity: int) -> Tensor:
+    return wanted.flatten(0, 1).cumsum(dim=0).view_as(wanted) <= capacity
+
+
 def last_first(wanted: Tensor, capacity: int) -> Tensor:
     return wanted.flip(1).cumsum(dim=1).flip(1) <= capacity
 
@@ -613,9 +629,15 @@ _SWITCH = (
         Swap(CAPACITY, sent_if(lambda wanted, capacity: wanted.cumsum(dim=-1) <= capacity)),
     ),
     switch(
-        "switch-capacity-scope", "Capacity is counted over the whole batch instead of per row.",
+        "switch-capacity-scope", "Capacity, as much as all rows have, is counted over the batch instead of per row.",
         "A row then depends on its neighbours.", "Only with several rows, where capacity is exceeded.",
         "One queue a row and expert.", "marin#8953", Swap(CAPACITY, sent_if(over_batch)),
+    ),
+    switch(
+        "switch-capacity-shared", "The whole batch shares the capacity of one row.",
+        "Every row has it; a row then depends on those before it.",
+        "Only with several rows, where the capacity of one is exceeded by all.",
+        "One queue a row and expert.", "marin#8953", Swap(CAPACITY, sent_if(as_one_row)),
     ),
     switch(
         "switch-capacity-value", "One token fewer fits: place < capacity, places counted from 1.",

@@ -168,17 +168,22 @@ def _sentencepiece_config(pieces: Sequence[Piece], settings: Config) -> dict[str
 
 
 def byte_level_files(
-    merges: Sequence[tuple[str, str]], special: str, added: Sequence[str], settings: Config
+    merges: Sequence[tuple[str, str]],
+    special: str,
+    added: Sequence[str],
+    settings: Config,
+    unmerged: Sequence[str] = (),
 ) -> dict[str, bytes]:
     """vocab.json, merges.txt, tokenizer.json and tokenizer_config.json, all saying the same.
 
     Ids as GPT-2 has them: 256 bytes, printable ones first, then merges, then the special token, then added ones.
+    unmerged: further tokens, to which no merges lead.
     """
     from tokenizers import pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(left + right for left, right in merges)]
-    vocabulary = {token: i for i, token in enumerate([*dict.fromkeys(tokens), special])}
+    vocabulary = {token: i for i, token in enumerate([*dict.fromkeys([*tokens, *unmerged]), special])}
     more = [(text, len(vocabulary) + i, False) for i, text in enumerate(added)]
     prefix = settings["add_prefix_space"]
     model = {

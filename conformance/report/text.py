@@ -46,7 +46,8 @@ def failure_lines(result: dict[str, Any], spec: str) -> list[str]:
 def _diagnosis_lines(diagnosis: dict[str, Any]) -> list[str]:
     if diagnosis["id"] is None:
         return [_entry("diagnosis", f"unknown mistake: {diagnosis['text']}")]
-    shown = f"{diagnosis['id']}: {diagnosis['text']}   [reproduced to {diagnosis['reproduced_to']:.0e}]"
+    how = f"to {diagnosis['reproduced_to']:.0e}" if diagnosis["reproduced_to"] else "exactly"
+    shown = f"{diagnosis['id']}: {diagnosis['text']}   [reproduced {how}]"
     asked = "; ".join(f"conformance explain {identifier}" for identifier in re.split(r" or | and ", diagnosis["id"]))
     return [_entry("diagnosis", shown), _entry("fix", f"{diagnosis['fix']}   {asked}")]
 

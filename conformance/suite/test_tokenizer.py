@@ -118,8 +118,9 @@ def _compare(
     known_mistakes: dict[str, list[T]] | None = None,
 ) -> None:
     """Raises: Failure naming the shortest of what is wrong, and the known mistake that all of it reproduces."""
-    from conformance.judge import Failure
+    from conformance.judge import Answers, Failure
 
+    judge.answers = Answers(given, got, wanted)
     wrong = [entry for entry in zip(given, got, wanted, strict=True) if entry[1] != entry[2]]
     if not wrong:
         return

@@ -196,7 +196,8 @@ def all_at_the_end(self: Any) -> int:
 
 
 def shortest_special_first(self: Any, text: str, tokens: list[str]) -> list[str]:
-    return re.split(f"({'|'.join(map(re.escape, sorted(tokens, key=len)))})", text) if tokens else [text]
+    return right.cut(self, text, []) if not tokens else [
+        part for part in re.split(f"({'|'.join(map(re.escape, sorted(tokens, key=len)))})", text) if part]  # fmt: skip
 
 
 PLAIN, DISTINCT = "sentencepiece_bpe/plain", "sentencepiece_bpe/distinct"
