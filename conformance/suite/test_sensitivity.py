@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Short texts in many rows: enough tokens for most experts, in few steps of a recurrence.
 ROWS, LENGTH = 16, 5
 # Kinds of tensors that the profile `quick` tries.
-QUICK_KINDS = 10
+QUICK_KINDS = 20
 # Texts that are tried before a tensor counts as without effect: an expert may get no token of a text.
 TEXTS = 8
 
@@ -25,7 +25,7 @@ TEXTS = 8
 def test_weights(judge: "Judge") -> None:
     """When any one tensor of the checkpoint is drawn anew, the logits move.
 
-    The profile `quick` tries one tensor of each kind (names that differ in numbers alone are a kind), of 10 kinds at
+    The profile `quick` tries one tensor of each kind (names that differ in numbers alone are a kind), of 20 kinds at
     most; `ci` and `thorough` try all tensors.  A tensor that provably may change without effect is named in the
     family's file, with the reason; the logits must then not move.
     """
