@@ -25,11 +25,13 @@ def check(
     profile: str = DEFAULT_PROFILE,
     seed: int = DEFAULT_SEED,
     example: dict[str, Any] | None = None,
+    diagnose: bool = True,
 ) -> "Result":
     """Judge one claim in this process (a hang or a crash is then this process's).
 
     implementation: an object or function of the contract, or what a command line would name (`reference`, `mod:Obj`).
     profile, seed, example: how many examples of a property are drawn ("quick", "ci", "thorough"), which, or this one.
+    diagnose: on a failure, simulate known mistakes, which takes seconds.
     Raises: ValueError for an unknown check, dtype or profile, FixtureError for a damaged case.
     """
     from conformance.implementation import DTYPES, EXACT, adopt, resolve
@@ -48,7 +50,7 @@ def check(
 
     def prepare() -> Judge:
         prepared = Judge(found, opened, dtype, device)
-        prepared.settings = Settings(profile=profile, seed=seed, example=example)
+        prepared.settings = Settings(profile=profile, seed=seed, example=example, diagnose=diagnose)
         return prepared
 
     return judge(known[check], Claim(opened.name, check, dtype), prepare)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 pytest.importorskip("transformers")  # goldens note its version
 
-from conformance import check, golden
+from conformance import golden
 from conformance.cases import Case, Claim, Manifest
+from judged import check
 
 FAMILIES = ("rnn", "lstm", "gru")
 

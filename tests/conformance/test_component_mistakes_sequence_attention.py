@@ -14,8 +14,9 @@ from torch import Tensor, einsum
 
 pytest.importorskip("transformers")  # goldens note its version
 
-from conformance import check, golden
+from conformance import golden
 from conformance.cases import Case, Manifest
+from judged import check
 
 FAMILIES = ("additive_attention", "luong_attention", "lstmn")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from candidates import LAYOUTS
-from conformance import check
 from conformance.cases import Case, Manifest
 from conformance.localise import NoProbes, known_probes
+from judged import check
 
 
 class Float32Engine:

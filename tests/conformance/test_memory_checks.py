@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance import check
 from conformance.implementations.reference import Reference, SegmentModel
 from conformance.judge import Result
+from judged import check
 from reference_impl.nn import segment_memory
 
 CASE = "transformer_xl/field-mem_len"

@@ -5,11 +5,11 @@ from itertools import groupby
 import pytest
 
 from candidates import FIRST_DIVERGENCE, LAYOUTS, MISTAKES, SESSION_ONLY
-from conformance import check
 from conformance.cases import Case, Manifest
 from conformance.implementation import adopt
 from conformance.judge import Judge, Result, judge
 from conformance.suite import checks
+from judged import check
 
 MANIFEST = Manifest()
 CASE = "llama/distinct"

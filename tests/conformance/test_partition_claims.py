@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import partition_mistakes as mistakes
-from conformance import check
 from conformance.bounds import same_bits
 from conformance.cases import Case
 from conformance.implementation import CandidateRaised, adopt, load_checkpoint, resolve
 from conformance.implementations import ranks
 from conformance.judge import Result
 from conformance.suite import checks
+from judged import check
 from partitioned import PartitionedReference, group, in_ranks, over, pipeline, rank_of, tensor_parallel
 
 PHI = "phi/distinct"  # biases of the row-parallel projections; two key/value heads

@@ -2,8 +2,8 @@
 
 import pytest
 
-from conformance import check
 from conformance.families import FAMILIES, claims, get
+from judged import check
 from property_mutants import MUTANTS, Mutant
 
 # Mistakes that show as an exception of the candidate's own.

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 import seed_code
-from conformance import check
 from conformance.cases import Case, Manifest
-from judged import outputs
+from judged import check, outputs
 
 HIDDEN, HEADS, SEQ = 12, 3, 5
 

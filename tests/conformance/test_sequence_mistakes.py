@@ -12,9 +12,9 @@ from torch import Tensor
 
 import reference_impl.models.gnmt as gnmt
 import reference_impl.models.rnn_search as rnn_search
-from conformance import check
 from conformance.implementations.reference import Reference
 from conformance.judge import Result
+from judged import check
 from reference_impl.nn import recurrent, recurrent_cells, sequence_attention, sequence_session
 
 Mistake = tuple[Any, str, Callable[..., Any]]

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from conformance import check
 from conformance.implementations.reference import Reference
+from judged import check
 from reference_impl.nn import segment_memory
 from reference_impl.nn.kv_cache import KVCache, Session
 

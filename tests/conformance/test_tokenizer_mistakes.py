@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from conformance import check
-from judged import not_passed
+from judged import check, not_passed
 from tokenizers_by_hand import (
     ByteLevelByHand,
     ByteLevelDecoderByHand,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 import reference_impl.models.transformer as model_module
-from conformance import check
 from conformance.bounds import measure
 from conformance.cases import Case, Manifest
 from conformance.families import get
@@ -28,6 +27,7 @@ from conformance.oracles.hugging_face import HuggingFace
 from conformance.oracles.marian import Marian
 from conformance.oracles.true_double import TrueDouble
 from conformance.suite.padding import padded
+from judged import check
 from reference_impl.models.transformer import DecoderLayer, EncoderDecoder, EncoderLayer, Stack, Transformer
 from reference_impl.nn import absolute_positions, attention, cross_attention, masks
 from torch_nn_transformer import MISTAKES, TorchTransformer
