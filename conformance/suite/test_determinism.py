@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from conformance.search import Example
 
 # A batch that is large enough for torch to divide it among threads, and takes few steps of a recurrence.
-ROWS, LENGTH = 64, 4
+ROWS, LENGTH = 64, 2
 
 
 def test_repeat(judge: "Judge") -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from conformance.search import Example
 
 # Short texts in many rows: enough tokens for most experts, in few steps of a recurrence.
-ROWS, LENGTH = 16, 5
+ROWS, LENGTH = 24, 3
 # Kinds of tensors that the profile `quick` tries.
 QUICK_KINDS = 20
 # Texts that are tried before a tensor counts as without effect: an expert may get no token of a text.
