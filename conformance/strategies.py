@@ -172,6 +172,7 @@ def floats(seed: int, name: str, shape: Sequence[int], deviation: float = 1.0) -
 # key -> how a person says it; {} is the value.  What is not here is said as `key value`.
 WORDS = {
     "tensor": "{}",
+    "field": "{}",
     "layer": "layer {}",
     "batch": "rows: {}",
     "length": "tokens a row: {}",

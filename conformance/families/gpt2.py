@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from conformance.families import Config, ConfigField, Family, Recipe, gpt_blocks
 from conformance.families.decoders import FULL, MODEST, PARTITION, field_case, without
 from conformance.families.properties import Properties
+from conformance.families.twins import LAYER_SCALE, spelling
 from conformance.probes import ProbeSpec
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ def block_checkpoint(
     """
     one_config, one = gpt_blocks.one_block(
         config, weights, block_input, layer, table="transformer.wte.weight", positions="transformer.wpe.weight",
+        twins={"layer_scale": LAYER_SCALE, "spelling": spelling("activation_function", rope=False)},
         kept=("transformer.ln_f.weight", "transformer.ln_f.bias"),
     )  # fmt: skip
     if config.get("scale_attn_by_inverse_layer_idx", False):

@@ -156,7 +156,7 @@ class Properties:
         if self.memory is not None:
             claims |= {"reach.memory": _DOUBLE, "gradients.memory": _DOUBLE}
         if self.shift:
-            claims["invariance.shift"] = _DOUBLE
+            claims |= {"invariance.shift": _DOUBLE, "sensitivity.fractions": _DOUBLE}
         if self.attention_output is not None and len(set(self.windows(config))) > 1:
             claims["reach.each_layer"] = _DOUBLE
         if self.shift or self.memory is not None or (self.positions is not None and None in self.windows(config)):

@@ -202,6 +202,22 @@ def wide_window() -> Relation:
     )  # fmt: skip
 
 
+def narrow_window() -> Relation:
+    """Keys before the window might as well not be there: the last query, alone with its window and the key before it,
+    gets what it gets among all."""
+
+    def make(call: Call, example: Call) -> Made:
+        kept = {name: call[name][:, :, -example["window"] - 1 :] for name in ("key", "value")}
+        window = {"sliding_window": example["window"]}
+        return window, window | kept | {"query": call["query"][:, :, -1:]}
+
+    return Relation(
+        everywhere=True, make=make, draws={"window": (1, 5)},
+        sizes=lambda example: {"queries": 1, "keys": example["window"] + 1},
+        expected=lambda returns, example: {"y": returns["y"][:, :, -1:]},
+    )  # fmt: skip
+
+
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from conformance.judge import Judge
     from conformance.search import Example
 
-# Positions are shifted by at most so much.
-FARTHEST = 500
+# Positions are shifted by at most so much: beyond what models are trained for, and float64 still knows the angles.
+FARTHEST = 20_000
 
 
 def test_shift(judge: "Judge") -> None:
@@ -40,7 +40,7 @@ def test_shift(judge: "Judge") -> None:
     drawn_ = st.builds(
         lambda text, shift: {**text, "shift": shift}, texts(drawn.usual(judge)), st.integers(1, FARTHEST)
     )
-    judge.search(drawn_, holds)
+    judge.search(drawn_, holds, [{"ids": 0, "batch": 1, "length": drawn.USUAL_TOKENS, "shift": FARTHEST}])
 
 
 def test_repeated_key_values(judge: "Judge") -> None:
@@ -60,6 +60,28 @@ def test_wide_window(judge: "Judge") -> None:
         calls_agree(judge, "invariance.wide_window")
         return
     _twins(judge, "wide_window", "logits with a window as long as the text differ from those without a window")
+
+
+def test_narrow_window(judge: "Judge") -> None:
+    """In a window of one key a query sees itself alone: which one it would prefer does not matter.
+
+    Of the component alone: keys before the window of the last query might as well not be there.
+    """
+    if judge.is_component:
+        calls_agree(judge, "invariance.narrow_window")
+        return
+    _twins(judge, "narrow_window", "logits in a window of one key depend on the queries")
+
+
+def test_spelling(judge: "Judge") -> None:
+    """What config.json says can be said in two ways: an activation by either of its names, and in older files `type`
+    for the `rope_type` of a scaling (here by a factor of 2.5)."""
+    _twins(judge, "spelling", "logits differ when config.json says the same in another way")
+
+
+def test_layer_scale(judge: "Judge") -> None:
+    """Scores divided by the block's number are those of queries that are so much smaller, in each of four blocks."""
+    _twins(judge, "layer_scale", "logits of queries that grow with the block, scores divided by its number, differ")
 
 
 def test_one_expert(judge: "Judge") -> None:
