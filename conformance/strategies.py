@@ -173,6 +173,7 @@ def floats(seed: int, name: str, shape: Sequence[int], deviation: float = 1.0) -
 WORDS = {
     "tensor": "{}",
     "field": "{}",
+    "stored": "stored in {}",
     "layer": "layer {}",
     "batch": "rows: {}",
     "length": "tokens a row: {}",
@@ -187,6 +188,7 @@ WORDS = {
     "times": "{} times as large",
     "added": "{} added",
     "longer": "{} keys more",
+    "window": "a window of {}",
     "turn": "turned by {}",
     "ids": "ids from seed {}",
     "inputs": "inputs from seed {}",

@@ -175,7 +175,6 @@ def block_checkpoint(
     """
     one_config, one = gpt_blocks.one_block(
         config, weights, block_input, layer, table="transformer.wte.weight", positions="transformer.wpe.weight",
-        twins={"layer_scale": LAYER_SCALE, "spelling": spelling("activation_function", rope=False)},
         kept=("transformer.ln_f.weight", "transformer.ln_f.bias"),
     )  # fmt: skip
     if config.get("scale_attn_by_inverse_layer_idx", False):
@@ -272,5 +271,6 @@ FAMILY = Family(
         windows=lambda config: (None,) * config["n_layer"],
         tied=lambda config: bool(config.get("tie_word_embeddings", True)),
         positions="transformer.wpe.weight",
+        twins={"layer_scale": LAYER_SCALE, "spelling": spelling("activation_function", rope=False)},
     ),
 )  # fmt: skip

@@ -29,6 +29,9 @@ EVERY: Claims = {
     "determinism.eval": _DOUBLE,
     "determinism.threads": _DOUBLE,
     "round_trip.parameters": _DOUBLE,
+    "round_trip.storage": _DOUBLE,
+    "invariance.absent": _DOUBLE,
+    "invariance.loss": _DOUBLE,
 }
 # What a model beside that claims whose logits at a token depend on earlier tokens alone, and that opens sessions.
 DECODER: Claims = {
@@ -92,7 +95,7 @@ class Relation:
         other.
     expected: returns of the one call, the example -> what the other must return.
     compared: returns of the other call, the example -> what is compared with that.
-    sizes: the example -> axes of the returns that have another size in the other call than in the case.
+    sizes: the example -> axes of the returns that have another size in the other call than in the case; −1: any.
     draws: keys of an example beside the seed of the inputs -> the numbers they lie between, both included.
     """
 
