@@ -88,19 +88,24 @@ def test_loss(judge: "Judge") -> None:
     """
     import torch
 
-    vocab, encoder_decoder = judge.candidate.vocab, drawn.family(judge).encoder_decoder
-    tokens = min(drawn.usual(judge), vocab // 2)
-    ids = torch.arange(vocab - 2 * tokens, vocab).view(2, tokens)
-    text = drawn.around(judge, ids, 0)
-    with judge.precision():
-        output = judge.candidate(**text.arguments(), labels=ids)
-    if "loss" not in output.losses:
-        raise Unsupported('the model returns no "loss"')
-    logits, labels = output.logits.detach(), ids.to(output.logits.device)
-    if not encoder_decoder:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    judge.same(output.losses["loss"], entropy, "the loss differs from the cross-entropy of the same call's logits")
+    last, encoder_decoder = judge.candidate.vocab - 1, drawn.family(judge).encoder_decoder
+
+    def holds(example: "Example") -> None:
+        text = drawn.text(judge, example["ids"], example["batch"], example["length"])
+        text = text.with_ids(last - text.ids)  # those that are not drawn, the last ones, in the place of the first
+        text.ids[:, -1] = last
+        with judge.precision():
+            output = judge.candidate(**text.arguments(), labels=text.ids)
+        if "loss" not in output.losses:
+            raise Unsupported('the model returns no "loss"')
+        logits, labels = output.logits.detach(), text.ids.to(output.logits.device)
+        if not encoder_decoder:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        judge.same(output.losses["loss"], entropy, "the loss differs from the cross-entropy of the same call's logits")
+
+    most = drawn.usual(judge)
+    judge.search(texts(most, shortest=2), holds, [{"ids": 0, "batch": 2, "length": most}])
 
 
 def test_absent(judge: "Judge") -> None:
