@@ -189,6 +189,7 @@ WORDS = {
     "added": "{} added",
     "longer": "{} keys more",
     "window": "a window of {}",
+    "tokens": "{} more than one token",
     "turn": "turned by {}",
     "ids": "ids from seed {}",
     "inputs": "inputs from seed {}",

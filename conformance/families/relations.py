@@ -218,18 +218,18 @@ def last_query(*results: str, axis: int = 1, size: str = "queries") -> Relation:
     )  # fmt: skip
 
 
-def first_token() -> Relation:
-    """Causality: the first token of a segment, alone with the memory, gets what it gets with others behind it.
+def first_tokens() -> Relation:
+    """Causality: the first tokens of a segment, alone with the memory, get what they get with others behind them.
 
     There are then more distances than keys.
     """
     return Relation(
-        everywhere=True,
-        make=lambda call, example: ({}, {"x": call["x"][:, :1]}),
-        sizes=lambda example: {"seq": 1, "keys": -1},
-        expected=lambda returns, example: {"y": returns["y"][:, :1]},
+        everywhere=True, draws={"tokens": (1, 3)},
+        make=lambda call, example: ({}, {"x": call["x"][:, : 1 + example["tokens"]]}),
+        sizes=lambda example: {"seq": 1 + example["tokens"], "keys": -1},
+        expected=lambda returns, example: {"y": returns["y"][:, : 1 + example["tokens"]]},
         compared=lambda returns, example: {"y": returns["y"]},
-    )
+    )  # fmt: skip
 
 
 def places_with_tokens() -> Relation:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def test_prefix(judge: "Judge") -> None:
     """When one token of a text is changed, the logits before it stay as they were, and those at it move.
 
-    Of a component: the first token of a segment gets alone what it gets with others behind it.
+    Of a component: the first tokens of a segment get alone what they get with others behind them.
     """
     import torch
 
