@@ -63,7 +63,7 @@ def _spelt(act: str, *, rope: bool = True) -> "Callable[[Config, Weights, int], 
     """
 
     def make(config: Config, weights: "Weights", most: int) -> "tuple[Checkpoint, Checkpoint]":
-        old = {act: _SYNONYMS.get(config[act], config[act])}
+        old: Config = {act: _SYNONYMS.get(config[act], config[act])}
         if rope:
             config = {name: value for name, value in config.items() if name != "rope_parameters"}
             config |= {"rope_scaling": {"rope_type": "linear", "factor": 2.5}}
