@@ -87,7 +87,7 @@ def test_claims_follow_from_the_configuration() -> None:
 
 
 def test_component_has_its_properties_in_plain_and_where_they_apply() -> None:
-    assert [name for name in COMPONENTS if not get(name).relations] == ["activations", "learned_positions"]
+    assert [name for name in COMPONENTS if not get(name).relations] == ["activations"]
     for name in COMPONENTS:
         for relation in get(name).relations:
             assert any(relation in get(name).relations_of(recipe) for recipe in get(name).recipes), (name, relation)
