@@ -95,5 +95,6 @@ def test_what_sees_other_rows_is_not_explained_by_where_it_begins() -> None:
         (first_right, "position 0 is right, all others are wrong", "scores"),
     ):
         causal, other = (signature(Wrong(got, truth, 1e-10, causal=flag)) or "" for flag in (True, False))
-        assert causal.startswith(said) and cause in causal
+        assert causal.startswith(said)
+        assert cause in causal
         assert other == said
