@@ -52,6 +52,14 @@ def _narrow(config: Config, weights: "Weights", most: int) -> "tuple[Checkpoint,
 
 NARROW_WINDOW = Twins(applies=lambda config: True, make=_narrow)
 
+
+def _unclamped(config: Config, weights: "Weights", most: int) -> "tuple[Checkpoint, Checkpoint]":
+    return (config | {"clamp_len": 0}, weights), (config | {"clamp_len": -1}, weights)
+
+
+# Transformer-XL's distances are all told apart by a clamp_len of 0, or of less.
+NO_CLAMP = Twins(applies=lambda config: True, make=_unclamped)
+
 # Names of activations that mean the same function.
 _SYNONYMS = {"silu": "swish", "gelu_new": "gelu_pytorch_tanh"}
 

@@ -164,8 +164,11 @@ def test_narrow_window(judge: "Judge") -> None:
 
 
 def test_spelling(judge: "Judge") -> None:
-    """What config.json says can be said in two ways: an activation by either of its names, and in older files `type`
-    for the `rope_type` of a scaling (here by a factor of 2.5)."""
+    """What config.json says can be said in two ways.
+
+    An activation by either of its names; in older files `type` for the `rope_type` of a scaling (here by a factor of
+    2.5); a clamp_len of 0 for one of −1.
+    """
     _twins(judge, "spelling", "logits differ when config.json says the same in another way")
 
 
