@@ -91,7 +91,7 @@ class ComponentCandidate:
     def __call__(self, tensors: dict[str, Tensor], sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
         """Returns by name, shapes and dtypes checked.
 
-        sizes: axis -> its size in this call, where it is not the case's.
+        sizes: axis -> its size in this call, where it is not the case's; −1: any.
         """
         self.calls += 1
         weights = {name: tensors[name] for name in self.case.weights if name in tensors}
@@ -121,7 +121,8 @@ class ComponentCandidate:
         tensor, wanted = as_tensor(value, name), tuple(self.case.expected[name].shape)
         axes = next(v.axes for v in self.family.returns if v.name == name)
         if sizes:
-            wanted = tuple(sizes.get(axis, size) for axis, size in zip((axes or "").split(), wanted, strict=True))
+            named = zip((axes or "").split(), wanted, tensor.shape, strict=False)
+            wanted = tuple(got if sizes.get(axis) == -1 else sizes.get(axis, size) for axis, size, got in named)
         if tuple(tensor.shape) != wanted:
             raise Misbehaviour("shape", f"{name} of shape {tuple(tensor.shape)}, wanted {wanted} ({axes})")
         if not tensor.is_floating_point() or torch.finfo(tensor.dtype).eps > torch.finfo(self.dtype).eps:

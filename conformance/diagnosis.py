@@ -519,7 +519,7 @@ def _unknown(search: Search, failing: Failing, result: Result, searched: bool) -
     window = judge.case.config.get("sliding_window")
     wrong = Wrong(
         last.got, last.truth, bound, last.real, tuple(judge.plan), window if isinstance(window, int) else None,
-        _has_rows(judge, last.what),
+        _has_rows(judge, last.what), causal=not (judge.is_component or judge.case.source),
     )  # fmt: skip
     said = ["the same call gives other values when it is repeated"] if failing.unsteady else []
     if difference(failing.values, truths(failing.values), judge.case, judge.dtype)[1]:

@@ -26,6 +26,7 @@ class Wrong:
     calls: sizes of the calls that a session was fed in; empty if it was none.
     window: how many keys a query sees, where the configuration says so.
     rows: whether the first two dimensions are batch and sequence.
+    causal: whether a row depends on nothing but itself and the rows before it, so that the first one sees itself alone.
     """
 
     got: Tensor
@@ -35,6 +36,7 @@ class Wrong:
     calls: tuple[int, ...] = ()
     window: int | None = None
     rows: bool = True
+    causal: bool = True
 
     @property
     def slack(self) -> float:
@@ -167,7 +169,8 @@ def only_position_zero_right(wrong: Wrong) -> str | None:
     bad = errors > wrong.slack
     if bad[:, 0].any() or not bad[:, 1:].all():
         return None
-    return "position 0 is right, all others are wrong: positions, masks or state, not norms, biases or feed-forward"
+    said = "position 0 is right, all others are wrong"
+    return said if not wrong.causal else f"{said}: what passes between tokens (scores, masks, positions, state)"
 
 
 def only_some_rows(wrong: Wrong) -> str | None:
@@ -195,7 +198,8 @@ def wrong_from_the_start(wrong: Wrong) -> str | None:
     errors = wrong.errors()
     if errors is None or wrong.real is not None or not (errors > wrong.slack).all():
         return None
-    return "wrong from position 0 on in every row: embedding, norm, bias, feed-forward or weights rather than positions"
+    said = "wrong from position 0 on in every row"
+    return said if not wrong.causal else f"{said}: embedding, norm, bias, feed-forward or weights rather than positions"
 
 
 # The most telling first.

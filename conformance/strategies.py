@@ -172,6 +172,8 @@ def floats(seed: int, name: str, shape: Sequence[int], deviation: float = 1.0) -
 # key -> how a person says it; {} is the value.  What is not here is said as `key value`.
 WORDS = {
     "tensor": "{}",
+    "field": "{}",
+    "stored": "stored in {}",
     "layer": "layer {}",
     "batch": "rows: {}",
     "length": "tokens a row: {}",
@@ -186,6 +188,8 @@ WORDS = {
     "times": "{} times as large",
     "added": "{} added",
     "longer": "{} keys more",
+    "window": "a window of {}",
+    "tokens": "{} more than one token",
     "turn": "turned by {}",
     "ids": "ids from seed {}",
     "inputs": "inputs from seed {}",

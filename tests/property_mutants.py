@@ -4,6 +4,7 @@
 """
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +14,20 @@ import torch
 from torch import Tensor
 
 from conformance.implementations.reference import Reference
-from reference_impl.models import gpt3, transformer, transformer_xl
+from reference_impl import stored_tensors
+from reference_impl.models import gpt2, gpt3, mixtral, transformer, transformer_xl
 from reference_impl.models.gpt2 import GPT2
 from reference_impl.models.llama import Llama
 from reference_impl.nn import (
+    absolute_positions,
     attention,
+    loss,
     masks,
     moe,
     multi_head_attention,
     norm,
     recurrent,
+    recurrent_cells,
     relative_attention,
     rolling_cache,
     rotary,
@@ -856,3 +861,167 @@ def _(_: Any) -> Any:
 @mutant("generation.stop_token", "gpt2/plain", "the stop token is ignored")
 def _(_: Any) -> Any:
     return Generating(lambda model, right, ids, mask, new, stop: right(ids, mask, new, None))
+
+
+# --- what config.json and files may say in other ways ----------------------------------------------------------------
+
+
+@mutant("sensitivity.fractions", "llama/plain", "the base is read as an integer")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = rotary.inverse_frequencies
+    patch.setattr(rotary, "inverse_frequencies", lambda width, theta, scaling=None: right(width, int(theta), scaling))
+
+
+@mutant("invariance.spelling", "mistral/plain", "`type` is not read, and the scaling ignored")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = rotary.read_scaling
+    patch.setattr(
+        rotary, "read_scaling", lambda found, *more: right(found, *more) if "rope_type" in found else None
+    )  # fmt: skip
+
+
+@mutant("invariance.absent", "llama/distinct", "an absent rms_norm_eps is 0.1")
+def _(_: Any) -> Any:
+    class Other:
+        families = frozenset({"llama"})
+
+        def load(self, checkpoint: Any) -> Any:
+            config = {"rms_norm_eps": 0.1, **json.loads((checkpoint.path / "config.json").read_text())}
+            (checkpoint.path / "config.json").write_text(json.dumps(config))
+            return Reference("eager").load(checkpoint)
+
+    return Other()
+
+
+@mutant("round_trip.storage", "gpt2/plain", "float16 is read as bfloat16")
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(stored_tensors.READABLE_DTYPES, "F16", torch.bfloat16)
+
+
+@mutant("invariance.loss", "llama/plain", "the last id of the vocabulary is taken for padding")
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        loss, "token_loss",
+        lambda logits, labels: torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=logits.shape[-1] - 1
+        ),
+    )  # fmt: skip
+
+
+# --- what no ordinary case shows -------------------------------------------------------------------------------------
+
+
+@mutant("gradients.auxiliary", "mixtral/plain", "the balance loss has no gradient")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = moe.load_balancing_loss
+    patch.setattr(mixtral, "load_balancing_loss", lambda *arguments: right(*arguments).detach())
+
+
+@mutant("invariance.layer_scale", "gpt2/plain", "the third block's scores are divided as the second's")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = gpt2.score_scale
+    patch.setattr(gpt2, "score_scale", lambda config, layer: right(config, min(layer, 1)))
+
+
+def _one_is_none(patch: pytest.MonkeyPatch) -> None:
+    right = masks.visible_in_rows
+
+    def visible_in_rows(tokens: Any, *, num_queries: int, sliding_window: int | None = None) -> Any:
+        return right(tokens, num_queries=num_queries, sliding_window=None if sliding_window == 1 else sliding_window)
+
+    patch.setattr(masks, "visible_in_rows", visible_in_rows)
+
+
+mutant("invariance.narrow_window", "mistral/plain", "a window of 1 is taken for none")(_one_is_none)
+
+
+@mutant("invariance.narrow_window", "sliding_window_attention/plain", "one key more than the window holds is shown")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = masks.visible_in_rows
+
+    def visible_in_rows(tokens: Any, *, num_queries: int, sliding_window: int | None = None) -> Any:
+        fits = sliding_window is not None and tokens.place.shape[1] <= sliding_window + 1
+        return right(tokens, num_queries=num_queries, sliding_window=None if fits else sliding_window)
+
+    patch.setattr(masks, "visible_in_rows", visible_in_rows)
+
+
+def _alone_is_sharper(patch: pytest.MonkeyPatch) -> None:
+    right, dot = attention.attention_scores, sequence_attention.raw_scores
+    patch.setattr(
+        multi_head_attention, "attention_scores", lambda query, key: right(query, key) * (1 + (query.shape[2] == 1))
+    )
+    patch.setattr(
+        sequence_attention,
+        "raw_scores",
+        lambda score, query, *more: dot(score, query, *more) * (1 + (query.shape[1] == 1)),
+    )
+
+
+for _case in ("multi_head_attention/plain", "sliding_window_attention/plain", "luong_attention/plain"):
+    mutant("invariance.one_query", _case, "the scores of a single query are doubled")(_alone_is_sharper)
+
+
+@mutant("causality.prefix", "relative_attention/plain", "distances are counted from the end of what is given")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = relative_attention.relative_attention
+
+    def wrong(x: Tensor, distances: Tensor, *weights: Tensor, memory: Tensor | None = None, **named: Tensor) -> Any:
+        keys = x.shape[1] + (0 if memory is None else memory.shape[1])
+        return right(x, distances[-keys:], *weights, memory=memory, **named)
+
+    patch.setattr(relative_attention, "relative_attention", functools.wraps(right)(wrong))
+
+
+@mutant("invariance.order", "rotary/plain", "positions are taken in rising order")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = rotary.tables
+    patch.setattr(
+        rotary, "tables", lambda positions, *more, **named: right(positions.sort(dim=-1).values, *more, **named)
+    )
+
+
+@mutant("invariance.exact_table", "learned_positions/plain", "the last row of the table is never used")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = absolute_positions.learned_positions
+
+    def wrong(x: Tensor, weight: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return right(x, torch.cat([weight[:-1], weight[-2:-1]]), attention_mask)
+
+    patch.setattr(absolute_positions, "learned_positions", wrong)
+
+
+@mutant("invariance.kept_state", "lstm/plain", "the cell is clipped to ±3")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = recurrent_cells.lstm_step
+
+    def lstm_step(*arguments: Any) -> Any:
+        (hidden, cell), gates = right(*arguments)
+        return (hidden, cell.clamp(-3, 3)), gates
+
+    patch.setattr(recurrent_cells, "lstm_step", lstm_step)
+
+
+@mutant("invariance.kept_state", "gru/plain", "the state is clipped to ±1")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = recurrent_cells.gru_mix
+    patch.setattr(recurrent_cells, "gru_mix", lambda z, n, h: right(z, n, h).clamp(-1, 1))
+
+
+@mutant("batching.decoding", "llama/plain", "a call without a mask shows the padding of the calls before it")
+def _(patch: pytest.MonkeyPatch) -> None:
+    right = KVCache.tokens
+
+    def tokens(cache: KVCache, real: Tensor) -> Any:
+        if getattr(cache, "maskless", False) and cache.real is not None:
+            cache.real = torch.ones_like(cache.real)
+        return right(cache, real)
+
+    feed = Session.feed
+
+    def told(session: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        session._cache.maskless = attention_mask is None
+        return feed(session, input_ids, attention_mask)
+
+    patch.setattr(KVCache, "tokens", tokens)
+    patch.setattr(Session, "feed", told)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from conformance.families import Config, ConfigField, Family, Recipe, gpt_blocks
 from conformance.families.decoders import FULL, MODEST, PARTITION, field_case, without
 from conformance.families.properties import Properties
+from conformance.families.twins import LAYER_SCALE, spelling
 from conformance.probes import ProbeSpec
 
 if TYPE_CHECKING:
@@ -270,5 +271,6 @@ FAMILY = Family(
         windows=lambda config: (None,) * config["n_layer"],
         tied=lambda config: bool(config.get("tie_word_embeddings", True)),
         positions="transformer.wpe.weight",
+        twins={"layer_scale": LAYER_SCALE, "spelling": spelling("activation_function", rope=False)},
     ),
 )  # fmt: skip

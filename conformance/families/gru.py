@@ -76,6 +76,7 @@ FAMILY = Component(
         "batching.alone": relations.rows("x", "lengths", states=("h0",), returned_states=("h_n",)),
         "batching.padding": relations.junk_after_lengths(),
         "invariance.reversal": relations.reversal(),
+        "invariance.kept_state": relations.kept_state("h", (0.0, 1000.0, 0.0)),
     },
     fields=(LAYERS, DIRECTIONS, _RESET_AFTER),
     carried={"h_n": "h0"},

@@ -5,7 +5,7 @@ Oracle: `torch.nn.functional.embedding`, at positions counted token by token.
 
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import Component, ComponentRecipe, Config, Value
+from conformance.families import Component, ComponentRecipe, Config, Value, relations
 from conformance.families.components import ALL
 
 if TYPE_CHECKING:
@@ -74,4 +74,7 @@ FAMILY = Component(
     ),
     truth=truth,
     reference="reference_impl.nn.absolute_positions:learned_positions",
+    relations={
+        "invariance.exact_table": relations.exact_table(),
+    },
 )  # fmt: skip

@@ -19,7 +19,7 @@ from conformance.families.decoders import (
     without,
 )
 from conformance.families.properties import Properties
-from conformance.families.twins import REPEATED_KEY_VALUES
+from conformance.families.twins import REPEATED_KEY_VALUES, spelling
 from conformance.probes import ProbeSpec
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def _recipes() -> tuple[Recipe, ...]:
             weights="llama/long",
             batch=1,
             seq=2060,
-            claims={"golden.logits": WORKING, "cache.prefill_decode": ("float64", "float32")},
+            claims={"golden.logits": WORKING, "cache.prefill_decode": WORKING},
             last_rows=16,
         ),
         _field("rms_norm_eps", "rms_norm_eps", {"rms_norm_eps": 0.05}),
@@ -266,6 +266,7 @@ FAMILY = Family(
         windows=lambda config: (None,) * config["num_hidden_layers"],
         tied=lambda config: bool(config.get("tie_word_embeddings", False)),
         shift=True,
-        twins={"repeated_key_values": REPEATED_KEY_VALUES},
+        also={"field-tie_word_embeddings": ("gradients.tied",)},
+        twins={"repeated_key_values": REPEATED_KEY_VALUES, "spelling": spelling("hidden_act")},
     ),
 )  # fmt: skip

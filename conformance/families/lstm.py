@@ -59,6 +59,7 @@ FAMILY = Component(
         "batching.alone": relations.rows("x", "lengths", states=("h0", "c0"), returned_states=("h_n", "c_n")),
         "batching.padding": relations.junk_after_lengths(),
         "invariance.reversal": relations.reversal(),
+        "invariance.kept_state": relations.kept_state("c", (-1000.0, 1000.0, 0.0, 0.0)),
     },
     fields=(LAYERS, DIRECTIONS),
     carried={"h_n": "h0", "c_n": "c0"},

@@ -120,6 +120,7 @@ FAMILY = Component(
     relations={
         "batching.alone": relations.rows("query", "memory", "source_mask"),
         "batching.padding": relations.padding("source_mask", "memory"),
+        "invariance.one_query": relations.last_query("attentional", "context", size="target"),
         "invariance.order": relations.source_order("attentional"),
         "invariance.weights_sum_to_one": relations.mixes_memory("attentional"),
     },

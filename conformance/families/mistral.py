@@ -20,7 +20,7 @@ from conformance.families.decoders import (
     without,
 )
 from conformance.families.properties import Properties
-from conformance.families.twins import REPEATED_KEY_VALUES, WIDE_WINDOW
+from conformance.families.twins import NARROW_WINDOW, REPEATED_KEY_VALUES, WIDE_WINDOW, spelling
 from conformance.probes import ProbeSpec
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def _recipes() -> tuple[Recipe, ...]:
             weights="mistral/long",
             batch=1,
             seq=4110,
-            claims={"golden.logits": WORKING, "cache.prefill_decode": ("float64", "float32")},
+            claims={"golden.logits": WORKING, "cache.prefill_decode": WORKING},
             last_rows=16,
             counterfactuals={"sliding_window at 4096": unlimited | {"sliding_window": _DEFAULT_WINDOW}},
         ),
@@ -258,6 +258,8 @@ FAMILY = Family(
         windows=lambda config: (config.get("sliding_window", _DEFAULT_WINDOW),) * config["num_hidden_layers"],
         tied=lambda config: bool(config.get("tie_word_embeddings", False)),
         shift=True,
-        twins={"repeated_key_values": REPEATED_KEY_VALUES, "wide_window": WIDE_WINDOW},
+        also={"field-tie_word_embeddings": ("gradients.tied",)},
+        twins={"repeated_key_values": REPEATED_KEY_VALUES, "wide_window": WIDE_WINDOW,
+               "narrow_window": NARROW_WINDOW, "spelling": spelling("hidden_act")},
     ),
 )  # fmt: skip

@@ -24,8 +24,8 @@ from conformance.families.decoders import (
     rope_keys,
     without,
 )
-from conformance.families.properties import ROUTED, Properties
-from conformance.families.twins import ONE_EXPERT, REPEATED_KEY_VALUES, WIDE_WINDOW
+from conformance.families.properties import DECODER, EVERY, ROUTED, Properties
+from conformance.families.twins import NARROW_WINDOW, ONE_EXPERT, REPEATED_KEY_VALUES, WIDE_WINDOW, spelling
 from conformance.probes import ProbeSpec
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -309,7 +309,10 @@ FAMILY = Family(
         windows=lambda config: (config.get("sliding_window"),) * config["num_hidden_layers"],
         tied=lambda config: bool(config.get("tie_word_embeddings", False)),
         shift=True,
-        twins={"repeated_key_values": REPEATED_KEY_VALUES, "wide_window": WIDE_WINDOW, "one_expert": ONE_EXPERT},
+        also={"field-tie_word_embeddings": ("gradients.tied",)},
+        twins={"repeated_key_values": REPEATED_KEY_VALUES, "wide_window": WIDE_WINDOW, "one_expert": ONE_EXPERT,
+               "narrow_window": NARROW_WINDOW, "spelling": spelling("hidden_act")},
         exceptions=ROUTED,
+        claims=EVERY | DECODER | {"gradients.auxiliary": ("float64",)},
     ),
 )  # fmt: skip

@@ -214,6 +214,7 @@ FAMILY = Component(
         "batching.alone": relations.rows("query", "key", "value", "attention_mask"),
         "batching.padding": relations.padding("attention_mask", "key", "value"),
         "invariance.weights_sum_to_one": relations.mixes_values(),
+        "invariance.one_query": relations.last_query("y", "context"),
         "invariance.order": relations.blind_to_order(),
         "invariance.repeated_key_values": relations.repeated_key_values(),
     },

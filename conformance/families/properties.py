@@ -29,6 +29,9 @@ EVERY: Claims = {
     "determinism.eval": _DOUBLE,
     "determinism.threads": _DOUBLE,
     "round_trip.parameters": _DOUBLE,
+    "round_trip.storage": _DOUBLE,
+    "invariance.absent": _DOUBLE,
+    "invariance.loss": _DOUBLE,
 }
 # What a model beside that claims whose logits at a token depend on earlier tokens alone, and that opens sessions.
 DECODER: Claims = {
@@ -92,7 +95,7 @@ class Relation:
         other.
     expected: returns of the one call, the example -> what the other must return.
     compared: returns of the other call, the example -> what is compared with that.
-    sizes: the example -> axes of the returns that have another size in the other call than in the case.
+    sizes: the example -> axes of the returns that have another size in the other call than in the case; −1: any.
     draws: keys of an example beside the seed of the inputs -> the numbers they lie between, both included.
     """
 
@@ -156,7 +159,7 @@ class Properties:
         if self.memory is not None:
             claims |= {"reach.memory": _DOUBLE, "gradients.memory": _DOUBLE}
         if self.shift:
-            claims["invariance.shift"] = _DOUBLE
+            claims |= {"invariance.shift": _DOUBLE, "sensitivity.fractions": _DOUBLE}
         if self.attention_output is not None and len(set(self.windows(config))) > 1:
             claims["reach.each_layer"] = _DOUBLE
         if self.shift or self.memory is not None or (self.positions is not None and None in self.windows(config)):

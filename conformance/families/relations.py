@@ -202,6 +202,100 @@ def wide_window() -> Relation:
     )  # fmt: skip
 
 
+def last_query(*results: str, axis: int = 1, size: str = "queries") -> Relation:
+    """Queries do not see each other: the last one alone gets what it gets among all.
+
+    axis: of the queries.  size: the name of that axis.
+    """
+
+    def last(value: Any) -> Any:
+        return value.narrow(axis, value.shape[axis] - 1, 1)
+
+    return Relation(
+        everywhere=True, applies=lambda recipe: not recipe.compared,
+        make=lambda call, example: ({}, {"query": last(call["query"])}), sizes=lambda example: {size: 1},
+        expected=lambda returns, example: {name: last(returns[name]) for name in results if name in returns},
+    )  # fmt: skip
+
+
+def first_tokens() -> Relation:
+    """Causality: the first tokens of a segment, alone with the memory, get what they get with others behind them.
+
+    There are then more distances than keys.
+    """
+    return Relation(
+        everywhere=True, draws={"tokens": (1, 3)},
+        make=lambda call, example: ({}, {"x": call["x"][:, : 1 + example["tokens"]]}),
+        sizes=lambda example: {"seq": 1 + example["tokens"], "keys": -1},
+        expected=lambda returns, example: {"y": returns["y"][:, : 1 + example["tokens"]]},
+        compared=lambda returns, example: {"y": returns["y"]},
+    )  # fmt: skip
+
+
+def places_with_tokens() -> Relation:
+    """A token is turned by its own position: tokens may change places with their positions."""
+
+    def make(call: Call, example: Call) -> Made:
+        order = _order(call["x"].shape[2], example)
+        return {}, {"x": call["x"][:, :, order], "position_ids": call["position_ids"][:, order]}
+
+    def expected(returns: Call, example: Call) -> Call:
+        return {name: value[:, :, _order(value.shape[2], example)] for name, value in returns.items()}
+
+    return Relation(everywhere=True, make=make, expected=expected, draws={"turn": (0, 9)})
+
+
+def exact_table() -> Relation:
+    """Rows of a table beyond the last position do not matter, and the last row that there is does not either."""
+
+    def make(call: Call, example: Call) -> Made:
+        mask = call.get("attention_mask")
+        tokens = call["x"].shape[1] if mask is None else int((mask != 0).sum(1).max())
+        return {}, {"weight": call["weight"][:tokens]}
+
+    return Relation(everywhere=True, make=make)
+
+
+def kept_state(state: str, keep: tuple[float, ...]) -> Relation:
+    """A state whose gates say keep is kept, however large it is: n times the initial state gives n times the final one.
+
+    state: "c" or "h".  keep: for each block of rows the number that its biases have; weights are zero.
+    Hochreiter & Schmidhuber 1997, "constant error carousel".
+    """
+
+    def make(call: Call, example: Call) -> Made:
+        import torch
+
+        zero = {name: value * 0 for name, value in call.items() if name.startswith(("weight_", "bias_"))}
+        for name in zero:
+            if name.startswith("bias_ih"):
+                blocks = [block + number for block, number in zip(zero[name].chunk(len(keep)), keep, strict=True)]
+                zero[name] = torch.cat(blocks)
+        return zero, zero | {f"{state}0": call[f"{state}0"] * example["times"]}
+
+    return Relation(
+        everywhere=True, make=make, draws={"times": (100, 999)},
+        expected=lambda returns, example: {f"{state}_n": returns[f"{state}_n"] * example["times"]},
+        compared=lambda returns, example: {f"{state}_n": returns[f"{state}_n"]},
+    )  # fmt: skip
+
+
+def narrow_window() -> Relation:
+    """Keys before the window might as well not be there: the last query, alone with its window and the key before it,
+    gets what it gets among all."""
+
+    def make(call: Call, example: Call) -> Made:
+        kept = {name: call[name][:, :, -example["window"] - 1 :] for name in ("key", "value")}
+        window = {"sliding_window": example["window"]}
+        return window, window | kept | {"query": call["query"][:, :, -1:]}
+
+    return Relation(
+        everywhere=True, make=make, draws={"window": (1, 5)},
+        sizes=lambda example: {"queries": 1, "keys": example["window"] + 1},
+        expected=lambda returns, example: {"y": returns["y"][:, :, -1:]},
+    )  # fmt: skip
+
+
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 

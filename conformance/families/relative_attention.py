@@ -99,5 +99,6 @@ FAMILY = Component(
     reference="reference_impl.nn.relative_attention:relative_attention",
     relations={
         "batching.alone": relations.rows("x", "memory"),
+        "causality.prefix": relations.first_tokens(),
     },
 )  # fmt: skip

@@ -97,6 +97,7 @@ FAMILY = Component(
     relations={
         "batching.alone": relations.rows("x", "position_ids"),
         "invariance.shift": relations.rotated_distance(),
+        "invariance.order": relations.places_with_tokens(),
     },
     fields=(
         ConfigField(name="rope_theta", default="none", meaning="base of the frequencies"),

@@ -89,6 +89,8 @@ FAMILY = Component(
         "batching.alone": relations.rows("query", "key", "value"),
         "invariance.weights_sum_to_one": relations.mixes_values(axis=2),
         "invariance.wide_window": relations.wide_window(),
+        "invariance.one_query": relations.last_query("y", axis=2),
+        "invariance.narrow_window": relations.narrow_window(),
     },
     fields=(ConfigField(name="sliding_window", default="none", meaning="keys that a query sees, its own included"),),
 )  # fmt: skip

@@ -466,7 +466,7 @@ FAMILY = Family(
         table=lambda config: "shared.weight",
         windows=lambda config: (None,) * len(_blocks(config, "decoder")),
         tied=lambda config: bool(config.get("tie_word_embeddings", True)),
-        claims=EVERY | ENCODER_DECODER,
+        claims=EVERY | ENCODER_DECODER | {"gradients.auxiliary": ("float64",)},
         exceptions=ROUTED | _SCARCE,
         positionless=_positionless,
     ),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from conformance.families import Config, ConfigField, Family, Recipe, gpt_blocks
 from conformance.families.decoders import CONSTANT_STATE, WORKING, Claims, field_case, without
 from conformance.families.properties import Properties
+from conformance.families.twins import NO_CLAMP
 from conformance.probes import ProbeSpec
 
 if TYPE_CHECKING:
@@ -505,6 +506,7 @@ FAMILY = Family(
         memory=lambda config: config["mem_len"],
         tied=lambda config: False,
         exceptions=_EXCEPTIONS,
+        twins={"spelling": NO_CLAMP},
         also={
             "field-mem_len-window": (
                 "cache.any_plan", "cache.fresh_session", "reach.last_row", "reach.one_layer", "reach.memory",

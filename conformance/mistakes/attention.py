@@ -752,6 +752,23 @@ _OPTIONS = (
         killed_by=("golden.logits",),
         touches=NORMED,
     ),
+    Mistake(
+        id="attn-layer-scale-stops",
+        families=("gpt2",),
+        what="scale_attn_by_inverse_layer_idx divides by 1 in the first block and by 2 in all others.",
+        why="Block n divides by n + 1.",
+        shows="Only with that switch, and only from the third block on.",
+        fix="Divide by the number of the block, counted from 1.",
+        seen="common knowledge",
+        swaps=(
+            Swap(
+                "reference_impl.models.gpt2:score_scale",
+                lambda right: lambda config, layer: right(config, min(layer, 1)),
+            ),
+        ),
+        killed_by=("invariance.layer_scale",),
+        touches=("layers.N.attention.scores",),
+    ),
 )
 
 MISTAKES = (*_HEADS, *_GROUPS, *_SOFTMAX, *_PROJECTIONS, *_OPTIONS)

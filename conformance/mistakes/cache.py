@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conformance.mistakes import Mistake, Swap
 from conformance.mistakes.attention import WEIGHED
-from conformance.mistakes.groups import DECODERS, MODELS, TURNING
+from conformance.mistakes.groups import DECODERS, GPTS, MODELS, TURNING
 from conformance.mistakes.making import each
 from conformance.mistakes.rotary import TURNED
 from reference_impl.nn import rotary
@@ -349,6 +349,15 @@ def entry(
     )  # fmt: skip
 
 
+def shown_without_mask(original: Callable[..., Any]) -> Callable[..., Any]:
+    def tokens_of_call(input_ids: Tensor, attention_mask: Any, lengths: Any, cache: Any) -> Any:
+        if attention_mask is None and getattr(cache, "real", None) is not None:
+            cache.real = torch.ones_like(cache.real)
+        return original(input_ids, attention_mask, lengths, cache)
+
+    return tokens_of_call
+
+
 MISTAKES = (
     entry(
         "cache-not-reset", DECODERS, (Swap(SESSION, kept_session),), ANY,
@@ -512,5 +521,14 @@ MISTAKES = (
         shows="Nowhere, as long as the mask goes by places; memory is larger.", fix="None needed.",
         seen="mistral-inference one_file_ref.py (w against w + 1)",
         equivalent=dict.fromkeys(ROLLERS, "the mask hides what is w or more places back, wherever it is kept"),
+    ),
+    entry(
+        "cache-padding-shown-without-mask", (*GPTS, "llama", "phi"),
+        (Swap("reference_impl.nn.kv_cache:tokens_of_call", shown_without_mask),),
+        ("batching.decoding", "cache.ragged_plan"),
+        what="A call without a mask is read as: nothing is padding, also of what is cached.",
+        why="The mask of a call speaks of that call; padding stays hidden for ever.",
+        shows="Only when prompts are padded and the calls after them, which feed real tokens alone, give no mask.",
+        fix="Extend the kept mask by ones.",
     ),
 )  # fmt: skip

@@ -381,6 +381,14 @@ def capped(model: Any) -> None:
 TIED = MODELS
 HEAD = ("logits",)
 
+
+def last_row_unused(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def learned_positions(x: Tensor, weight: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return original(x, torch.cat((weight[:-1], weight[-2:-1])), attention_mask)
+
+    return learned_positions
+
+
 _TABLES = (
     Mistake(
         id="tied-head-random",
@@ -502,6 +510,18 @@ _TABLES = (
         killed_by=("golden.logits",),
         touches=EMBEDDED,
     ),
+    Mistake(
+        id="position-table-last-row",
+        families=("learned_positions",),
+        what="Positions are cut to rows − 2 instead of rows − 1: the last row of the table is never used.",
+        why="A table of n rows has the positions 0 … n − 1.",
+        shows="Only in the last token of a text as long as the table.",
+        fix="Refuse positions beyond the table; cut nothing.",
+        seen="common knowledge",
+        swaps=(Swap("reference_impl.nn.absolute_positions:learned_positions", last_row_unused),),
+        killed_by=("invariance.exact_table",),
+    ),
 )
+
 
 MISTAKES = (*_SINUSOIDS, *_LEARNED, *_TABLES)

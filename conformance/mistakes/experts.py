@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conformance.mistakes import Mistake, Swap
-from conformance.mistakes.making import instead, on_load, on_model
+from conformance.mistakes.making import after, instead, on_load, on_model
 from reference_impl.nn import moe
 
 ROUTE = "reference_impl.nn.moe:route"
@@ -684,6 +684,17 @@ _SWITCH = (
         "switch-activation-missing", "Experts are linear: the ReLU between wi and wo is left out.",
         "E(x) = wo · max(0, wi x).", "Everywhere.", "ReLU.", "common knowledge",
         Swap(SWITCH, switched(lambda found, given: {**found, "y": linear_experts(found, given)})),
+    ),
+    Mistake(
+        id="aux-loss-without-gradient",
+        families=("mixtral", "switch_transformer"),
+        what="The balance loss is computed from detached router logits: it has its value and no gradient.",
+        why="It is there to train the router, through the mean probability of each expert.",
+        shows="Not in any value; experts are used ever more unevenly in training.",
+        fix="Detach how often experts are chosen at most, never the probabilities.",
+        seen="common knowledge",
+        swaps=(Swap("reference_impl.nn.moe:load_balancing_loss", after(lambda loss: loss.detach())),),
+        killed_by=("gradients.auxiliary",),
     ),
 )  # fmt: skip
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conformance.mistakes import Mistake, Swap
-from conformance.mistakes.groups import DECODERS, GPTS, LLAMAS, MODELS
-from conformance.mistakes.making import each, on_load, on_model
+from conformance.mistakes.groups import DECODERS, GPTS, LLAMAS, MODELS, OTHERS
+from conformance.mistakes.making import each, instead, on_load, on_model
 from conformance.mistakes.norms import READ
 from conformance.mistakes.rotary import TURNED
 
@@ -26,6 +26,7 @@ CONFIGS = {
     "transformer": "reference_impl.models.transformer:TransformerConfig",
 }
 LOGITS = ("golden.logits",)
+EVERY_MODEL = (*MODELS, *OTHERS, "rnn_search", "gnmt")
 L, A, F_ = "layers.N.", "layers.N.attention.", "layers.N.feed_forward."
 # What a projection returns, and what the reference shows of it first.
 PROJECTED = (
@@ -384,6 +385,16 @@ def loss_entry(identifier: str, rule: Callable[[Tensor, Tensor], Tensor], **text
     return entry(identifier, DECODERS, loss(rule), killed_by=("golden.loss",), touches=(), **text)
 
 
+def last_token_ignored(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=logits.shape[-1] - 1)
+
+
+def head_stopped(model: Any) -> None:
+    if model.config.tie_word_embeddings:
+        weight, bias = model.lm_head.weight, model.lm_head.bias
+        model.lm_head.forward = lambda x: F.linear(x, weight.detach(), bias)
+
+
 _LOSSES = (
     loss_entry(
         "loss-not-shifted", unshifted,
@@ -441,6 +452,44 @@ _LOSSES = (
         why="Queries and keys learn by them alone.",
         shows="The forward pass is right; gradients of q_proj and k_proj are 0.", fix="Leave them in the graph.",
         killed_by=("golden.gradients",), touches=(),
+    ),
+    Mistake(
+        id="weights-half-misread",
+        families=EVERY_MODEL,
+        what="Bytes that the file calls F16 are read as bfloat16.",
+        why="Both have two bytes, and other numbers.",
+        shows="Only with checkpoints stored in float16.",
+        fix="Read by the dtype that the header gives.",
+        seen="common knowledge",
+        swaps=(
+            Swap(
+                "reference_impl.stored_tensors:READABLE_DTYPES",
+                lambda dtypes: {**dtypes, "F16": torch.bfloat16},
+            ),
+        ),
+        killed_by=("round_trip.storage",),
+    ),
+    Mistake(
+        id="loss-last-token-ignored",
+        families=EVERY_MODEL,
+        what="Labels that are the last id of the vocabulary do not count: it is taken for padding.",
+        why="It is a token like any other.",
+        shows="Only in the loss of texts that hold that id.",
+        fix="Leave out what a mask, or −100, marks; never an id.",
+        seen="common knowledge",
+        swaps=(Swap("reference_impl.nn.loss:token_loss", instead(last_token_ignored)),),
+        killed_by=("invariance.loss",),
+    ),
+    Mistake(
+        id="gradient-tied-head-stopped",
+        families=("llama", "mistral", "mixtral", "phi", "gpt", "gpt2", "gpt3"),
+        what="The head uses a detached copy of the table: training moves the embedding by half of its gradient.",
+        why="A tied table is used twice, and its gradient is the sum of both.",
+        shows="Only in gradients, and only where head and embedding are tied.",
+        fix="Use the parameter itself in both places.",
+        seen="common knowledge",
+        swaps=(on_model(head_stopped),),
+        killed_by=("gradients.tied",),
     ),
 )  # fmt: skip
 

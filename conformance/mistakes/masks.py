@@ -623,6 +623,19 @@ def kind(pattern: Callable[[Any, int], str]) -> Swap:
 
 SEEING = ("sliding_window_attention", *WINDOWED)
 
+
+def single_row_dropped(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda positions, ids, tokens: original(None if len(ids) == 1 else positions, ids, tokens)
+
+
+def one_ignored(original: Callable[..., Any]) -> Callable[..., Any]:
+    def visible_in_rows(tokens: Any, *, num_queries: int, sliding_window: int | None = None) -> Any:
+        window = sliding_window if sliding_window != 1 else None
+        return original(tokens, num_queries=num_queries, sliding_window=window)
+
+    return visible_in_rows
+
+
 _WINDOWS = (
     Mistake(
         id="window-off-by-one",
@@ -759,6 +772,31 @@ _WINDOWS = (
         killed_by=("golden.logits",),
         touches=WEIGHED,
     ),
+    Mistake(
+        id="positions-argument-single-row",
+        families=DECODERS,
+        what="Explicit position_ids are dropped where there is one row.",
+        why="A single row may be moved like any other: a prefix that is kept elsewhere, a gap.",
+        shows="Only with a batch of one and positions that are not 0, 1, 2, …",
+        fix="Use them whenever they are given.",
+        seen="common knowledge",
+        swaps=(Swap("reference_impl.nn.masks:resolve_positions", single_row_dropped),),
+        killed_by=("golden.positions",),
+        touches=("embedding", "layers.N.attention.query_rotated", "layers.N.attention.key_rotated"),
+    ),
+    Mistake(
+        id="window-of-one-ignored",
+        families=("sliding_window_attention", "mistral", "mixtral"),
+        what="A window of 1 is taken for none: `if window > 1`.",
+        why="A window of 1 shows a query itself alone.",
+        shows="Only with a window of 1.",
+        fix="Let null, and nothing else, say that there is no window.",
+        seen="common knowledge",
+        swaps=(Swap("reference_impl.nn.masks:visible_in_rows", one_ignored),),
+        killed_by=("component.outputs", "invariance.narrow_window"),
+        touches=("layers.N.attention.weights", "layers.N.attention.context"),
+    ),
 )
+
 
 MISTAKES = (*_CAUSAL, *_PADDING, *_POSITIONS, *_WINDOWS)

@@ -580,6 +580,15 @@ def tapes(identifier: str, part: str, make: Callable[..., Any], **text: Any) -> 
     return entry(identifier, ("lstmn",), Swap(TAPES + part, make), **text)
 
 
+def cell_clipped(original: Callable[..., Any]) -> Callable[..., Any]:
+    def lstm_step(projected: Tensor, state: Any, weight_hh: Tensor, bias_hh: Tensor) -> Any:
+        (_, cell), gates = original(projected, state, weight_hh, bias_hh)
+        cell = cell.clamp(-3, 3)
+        return (gates["output_gate"] * cell.tanh(), cell), gates
+
+    return lstm_step
+
+
 _TAPES = (
     tapes(
         "lstmn-gate-order", "step", tape_step(order="ifgo"),
@@ -622,6 +631,18 @@ _TAPES = (
         what="New entries are put at the front of the tapes.", why="Entry i is step i.",
         shows="Outputs are read from the wrong end.", fix="Append.",
     ),
+    Mistake(
+        id="lstm-cell-clipped",
+        families=("lstm",),
+        what="The cell is clipped to ±3, as frameworks do that have a `cell_clip`.",
+        why="The equations have no such thing; a cell that the forget gate keeps may grow.",
+        shows="Only once a cell is larger: after many steps of an open input gate.",
+        fix="Clip where the model was trained with clipping, and say so.",
+        seen="tensorflow/tensorflow LSTMBlockCell's cell_clip, common knowledge",
+        swaps=(Swap("reference_impl.nn.recurrent_cells:lstm_step", cell_clipped),),
+        killed_by=("invariance.kept_state",),
+    ),
 )  # fmt: skip
+
 
 MISTAKES = (*_LSTM, *_GRU, *_STATES, *_DIRECTIONS, *_TAPES)

@@ -649,6 +649,23 @@ def keys_permuted(name: str, tensor: Tensor, config: Any) -> Tensor | None:
 
 PROJECTED = (*TURNED, "layers.N.attention.query", "layers.N.attention.key")
 
+
+def numbers_cut(original: Callable[..., Any]) -> Callable[..., Any]:
+    def inverse_frequencies(head_dim: int, rope_theta: float, rope_scaling: Any = None) -> Any:
+        if rope_scaling is not None:
+            rope_scaling = replace(rope_scaling, factor=float(int(rope_scaling.factor)))
+        return original(head_dim, int(rope_theta), rope_scaling)
+
+    return inverse_frequencies
+
+
+def old_name_unread(original: Callable[..., Any]) -> Callable[..., Any]:
+    def read_scaling(parameters: Any, *more: Any) -> Any:
+        return original(parameters, *more) if "rope_type" in parameters else None
+
+    return read_scaling
+
+
 _CONVERSION = (
     Mistake(
         id="rope-permute-missing-or-twice",
@@ -687,6 +704,31 @@ _CONVERSION = (
         killed_by=("golden.logits",),
         touches=PROJECTED,
     ),
+    Mistake(
+        id="rope-numbers-cut",
+        families=TURNING,
+        what="Reads the base and the factor of a scaling as integers: int(2.5) is 2.",
+        why="Both are real numbers; NTK-aware bases and factors such as 2.5 have a fraction.",
+        shows="Only where config.json has a fraction; a factor of 2.5 is then read as 2.",
+        fix="Read them as floats.",
+        seen="common knowledge",
+        swaps=(Swap(FREQUENCIES, numbers_cut),),
+        killed_by=("sensitivity.fractions", "invariance.spelling"),
+        touches=TURNED,
+    ),
+    Mistake(
+        id="rope-type-old-name-unread",
+        families=TURNING,
+        what="Looks for rope_type alone: a scaling that says `type`, as older files do, is ignored.",
+        why="transformers wrote `type` until 4.43, and reads both.",
+        shows="Only with files that say `type`, from position 1 on.",
+        fix="Read `type` where there is no rope_type; refuse a scaling without either.",
+        seen="common knowledge",
+        swaps=(Swap(READ, old_name_unread),),
+        killed_by=("invariance.spelling",),
+        touches=TURNED,
+    ),
 )
+
 
 MISTAKES = (*_PAIRS, *_FREQUENCIES, *_PARTIAL, *_CONVERSION)

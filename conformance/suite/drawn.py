@@ -223,6 +223,8 @@ def session(judge: "Judge", given: Text) -> "Session":
     return judge.candidate.session(**source_of(given))  # type: ignore[no-any-return]
 
 
-def fed(judge: "Judge", plan: Sequence[int], given: Text, mask: "Tensor | None" = None) -> "Tensor":
-    """Logits of a text that a session of its own is fed in calls of the planned sizes."""
-    return feed(judge, plan, given.ids, mask, source_of(given))
+def fed(
+    judge: "Judge", plan: Sequence[int], given: Text, mask: "Tensor | None" = None, masked: int | None = None
+) -> "Tensor":
+    """Logits of a text that a session of its own is fed in calls of the planned sizes; masked: see `feed`."""
+    return feed(judge, plan, given.ids, mask, source_of(given), masked)

@@ -16,17 +16,22 @@ def feed(
     ids: "Tensor",
     mask: "Tensor | None" = None,
     source: "dict[str, Tensor] | None" = None,
+    masked: int | None = None,
 ) -> "Tensor":
     """The logits of all calls of a session of its own, joined along the sequence.
 
-    source: what the session is opened with, of an encoder–decoder model.
+    source: what the session is opened with, of an encoder–decoder model.  masked: the first calls alone are given their
+    part of the mask, so many of them; None: all are.
     """
     import torch
 
     assert sum(plan) == ids.shape[1]
     with judge.precision():
         session = judge.candidate.session(**(source or {}))
-        pieces = [session.feed(ids[:, part], None if mask is None else mask[:, part]) for part in parts(plan)]
+        pieces = []
+        for call, part in enumerate(parts(plan)):
+            told = mask is not None and (masked is None or call < masked)
+            pieces.append(session.feed(ids[:, part], mask[:, part] if told else None))  # type: ignore[index]
         return torch.cat(pieces, dim=1)
 
 

@@ -110,7 +110,8 @@ def test_packed(judge: "Judge") -> None:
 def test_decoding(judge: "Judge") -> None:
     """After prompts of different lengths, padded on the left with junk, three tokens are decoded one by one.
 
-    Every row gets the logits of a full forward without padding.
+    Every row gets the logits of a full forward without padding; so also where the calls after the prompt give no mask,
+    since what they feed is real in every row.
     """
 
     def holds(example: "Example") -> None:
@@ -125,6 +126,7 @@ def ragged_session(judge: "Judge", example: "Example", prompt: list[int]) -> Non
     """Feed padded prompts in calls of these sizes, then single tokens; compare with full forwards without padding."""
     batch = drawn.ragged(judge, example["ids"], example["lengths"], example["extra"], "left", after=DECODED)
     wanted = batch.in_place(drawn.logits(judge, batch.whole))
-    got = drawn.fed(judge, prompt + [1] * DECODED, batch.padded, batch.mask)
     what = "logits of ragged prompts in a session differ from a full forward's"
-    judge.same(got, wanted, what, real=batch.mask.bool())
+    for masked, how in ((len(prompt) + DECODED, ""), (len(prompt), "; the tokens after the prompt were given no mask")):
+        got = drawn.fed(judge, prompt + [1] * DECODED, batch.padded, batch.mask, masked)
+        judge.same(got, wanted, what + how, real=batch.mask.bool())

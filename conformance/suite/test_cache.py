@@ -100,9 +100,9 @@ def _feed_and_compare(judge: "Judge", plan: list[int]) -> None:
 def test_any_plan(judge: "Judge") -> None:
     """Fed in calls of any sizes, a session gives what one full forward gives.
 
-    First token by token; a prompt and then single tokens; and where there is a window, calls of its size, of one token
-    less and of one more, three windows long, and calls of its size after a single token.  A recurrent component is fed
-    a sequence in pieces, each with the state that the one before returned.
+    First two rows and one row, token by token; a prompt and then single tokens; and where there is a window, calls of
+    its size, of one token less and of one more, three windows long, and calls of its size after a single token.  A
+    recurrent component is fed a sequence in pieces, each with the state that the one before returned.
     """
     if judge.is_component:
         pieces_agree(judge)
@@ -119,7 +119,7 @@ def test_any_plan(judge: "Judge") -> None:
     for window in {window for window in drawn.windows(judge) if window is not None}:
         chosen += [equal_calls(most, size) for size in (window - 1, window, window + 1) if size > 1]
         chosen.append([1, *equal_calls(most - 1, window)])
-    first = [{"ids": 0, "batch": 2, "plan": plan} for plan in chosen]
+    first = [{"ids": 0, "batch": batch, "plan": plan} for plan in chosen for batch in (2, 1)]
     judge.search(plans(most), holds, first)
 
 

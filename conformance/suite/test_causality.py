@@ -6,6 +6,7 @@ from conformance import bounds, draws
 from conformance.implementation import Misbehaviour, Unsupported, running
 from conformance.strategies import SEEDS, changed_texts, different_ids, permuted_texts
 from conformance.suite import drawn
+from conformance.suite.related import calls_agree
 
 # A token counts as without effect if none of so many others in its place has one: two may have almost one embedding.
 ALTERNATIVES = 5
@@ -18,8 +19,15 @@ if TYPE_CHECKING:
 
 
 def test_prefix(judge: "Judge") -> None:
-    """When one token of a text is changed, the logits before it stay as they were, and those at it move."""
+    """When one token of a text is changed, the logits before it stay as they were, and those at it move.
+
+    Of a component: the first tokens of a segment get alone what they get with others behind them.
+    """
     import torch
+
+    if judge.is_component:
+        calls_agree(judge, "causality.prefix")
+        return
 
     def holds(example: "Example") -> None:
         text, at = drawn.text(judge, example["ids"], 1, example["length"]), example["at"]

@@ -46,14 +46,15 @@ def test_positions(judge: "Judge") -> None:
     Where they turn queries and keys they go past 2,000; where they are looked up in a table, towards its end.
 
     An all-ones attention_mask goes with them where the candidate takes one, so that jumps are not read as the
-    beginnings of packed documents.
+    beginnings of packed documents.  Then the last row is fed alone, with its positions.
     """
     judge.candidate.need("position_ids")
-    inputs = judge.case.inputs
-    ones = inputs["input_ids"].new_ones(inputs["input_ids"].shape)
-    logits = judge.logits(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=ones)
-    ignored = {"position_ids ignored": judge.case.expected["logits"]}
-    judge.compare(logits, judge.case.expected["positions.logits"], known_mistakes=ignored)
+    ids, positions, expected = judge.case.ids, judge.case.inputs["position_ids"], judge.case.expected
+    for rows in (slice(None), slice(-1, None)):
+        ones = ids[rows].new_ones(ids[rows].shape)
+        logits = judge.logits(input_ids=ids[rows], position_ids=positions[rows], attention_mask=ones)
+        ignored = {"position_ids ignored": expected["logits"][rows]}
+        judge.compare(logits, expected["positions.logits"][rows], known_mistakes=ignored)
 
 
 def test_loss(judge: "Judge") -> None:

@@ -12,6 +12,7 @@ from conformance.suite.feeding import parts
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from conformance.implementation import Candidate
     from conformance.judge import Judge
     from conformance.search import Example
 
@@ -19,6 +20,8 @@ ROWS, TOKENS = 2, 7
 # A direction's steps, the first one first.  Weights are integers times a power of two, below 2^8 of it; so is a
 # direction, and a step of it is added in float32 without rounding.
 STEPS = (2.0**-13, 2.0**-16)
+# What routers add to the loss.
+AUXILIARY = ("aux_loss", "z_loss")
 
 
 def test_directions(judge: "Judge") -> None:
@@ -35,6 +38,23 @@ def test_directions(judge: "Judge") -> None:
 def test_tied(judge: "Judge") -> None:
     """The gradient of a table that is embedding and head at once is the sum of both; the direction is in it alone."""
     _check_slopes(judge, [drawn.table(judge)])
+
+
+def test_auxiliary(judge: "Judge") -> None:
+    """The gradient of what the routers add to the loss is its slope, of each of these losses that the model returns.
+
+    Along a direction of all parameters, as for `gradients.directions`.  How often an expert is chosen has no slope, so
+    that what trains the router is the mean of its probabilities: a loss of the right value may have none.
+    """
+    names = sorted(judge.case.weights.keys() - drawn.properties(judge).untrained)
+    text = drawn.text(judge, 0, ROWS, TOKENS)
+    with judge.precision():
+        losses = judge.candidate(**text.arguments(), labels=text.ids).losses
+    found = [name for name in AUXILIARY if name in losses]
+    if not found:
+        raise Unsupported(f"the model returns no {' and no '.join(AUXILIARY)}")
+    for name in found:
+        _check_slopes(judge, names, name)
 
 
 def test_memory(judge: "Judge") -> None:
@@ -88,7 +108,8 @@ def _forget(parameters: "dict[str, Tensor]") -> None:
         parameter.grad = None
 
 
-def _check_slopes(judge: "Judge", names: list[str]) -> None:
+def _check_slopes(judge: "Judge", names: list[str], loss: str = "") -> None:
+    """loss: the name of an auxiliary one; empty for the cross-entropy."""
     from hypothesis import strategies as st
 
     parameters = judge.candidate.parameters(names)
@@ -98,14 +119,14 @@ def _check_slopes(judge: "Judge", names: list[str]) -> None:
     def holds(example: "Example") -> None:
         text = drawn.text(judge, example["ids"], ROWS, TOKENS)
         direction = {name: _direction(judge, example["other"], name) for name in names}
-        slope = _slope_by_gradient(judge, parameters, direction, text)
+        slope = _slope_by_gradient(judge, parameters, direction, text, loss)
         found = []
         for step in STEPS:
-            difference, bound = _slope_by_difference(judge, direction, text, step)
+            difference, bound = _slope_by_difference(judge, direction, text, step, loss)
             if abs(slope - difference) <= bound:
                 return
             found.append(f"{difference:.9g} ± {bound:.1g} in steps of {step:.1g}")
-        raise Misbehaviour("slope", f"by the gradient the loss rises by {slope:.9g} along a direction, "
+        raise Misbehaviour("slope", f"by the gradient the {loss or 'loss'} rises by {slope:.9g} along a direction, "
                            f"by differences by {', '.join(found)}")  # fmt: skip
 
     judge.search(st.fixed_dictionaries({"ids": SEEDS, "other": SEEDS}), holds, share=4)
@@ -122,13 +143,15 @@ def _direction(judge: "Judge", seed: int, name: str) -> "Tensor":
 
 
 def _slope_by_gradient(
-    judge: "Judge", parameters: "dict[str, Tensor]", direction: "dict[str, Tensor]", text: drawn.Text
+    judge: "Judge", parameters: "dict[str, Tensor]", direction: "dict[str, Tensor]", text: drawn.Text, loss: str
 ) -> float:
     _forget(parameters)
     with judge.precision(gradients=True):
-        logits = judge.candidate(**text.arguments()).logits
-        with running("logits.backward()"):
-            _loss(logits, text.ids).backward()
+        value = _loss(judge.candidate, text, loss)
+        if not value.requires_grad:
+            return 0.0
+        with running("backward()"):
+            value.backward()
     slopes = [
         (parameter.grad.cpu().double() * direction[name].double()).sum()
         for name, parameter in parameters.items()
@@ -140,7 +163,7 @@ def _slope_by_gradient(
 
 
 def _slope_by_difference(
-    judge: "Judge", direction: "dict[str, Tensor]", text: drawn.Text, step: float
+    judge: "Judge", direction: "dict[str, Tensor]", text: drawn.Text, step: float, name: str
 ) -> tuple[float, float]:
     """D(h), and how far the true slope may be from it."""
 
@@ -148,7 +171,8 @@ def _slope_by_difference(
         weights = {name: weight + distance * direction[name] if name in direction else weight
                    for name, weight in judge.case.weights.items()}  # fmt: skip
         other = judge.load_other(judge.case.config, weights)
-        return float(_loss(drawn.logits_of(judge, other, text), text.ids))
+        with judge.precision():
+            return float(_loss(other, text, name))
 
     loss = {times: at(times * step) for times in (-2, -1, 1, 2)}
     once, twice = (loss[1] - loss[-1]) / (2 * step), (loss[2] - loss[-2]) / (4 * step)
@@ -156,9 +180,12 @@ def _slope_by_difference(
     return once, abs(twice - once) + rounding
 
 
-def _loss(logits: "Tensor", ids: "Tensor") -> "Tensor":
-    """Mean next-token cross-entropy."""
+def _loss(candidate: "Candidate", text: drawn.Text, name: str) -> "Tensor":
+    """An auxiliary loss by its name; mean next-token cross-entropy without one."""
     import torch
 
+    if name:
+        return candidate(**text.arguments(), labels=text.ids).losses[name]
+    logits, ids = candidate(**text.arguments()).logits, text.ids
     following = ids[:, 1:].to(logits.device)
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), following.flatten())

@@ -1,18 +1,21 @@
 """Invariances of the maths: what may change in a checkpoint or in its input without any effect."""
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
+from conformance.implementation import Unsupported
 from conformance.strategies import permuted_texts, texts
 from conformance.suite import drawn
 from conformance.suite.related import calls_agree
 
 if TYPE_CHECKING:
+    from conformance.families import Family
     from conformance.implementation import Candidate
     from conformance.judge import Judge
     from conformance.search import Example
 
-# Positions are shifted by at most so much.
-FARTHEST = 500
+# Positions are shifted by at most so much: beyond what models are trained for, and float64 still knows the angles.
+FARTHEST = 20_000
 
 
 def test_shift(judge: "Judge") -> None:
@@ -40,7 +43,7 @@ def test_shift(judge: "Judge") -> None:
     drawn_ = st.builds(
         lambda text, shift: {**text, "shift": shift}, texts(drawn.usual(judge)), st.integers(1, FARTHEST)
     )
-    judge.search(drawn_, holds)
+    judge.search(drawn_, holds, [{"ids": 0, "batch": 1, "length": drawn.USUAL_TOKENS, "shift": FARTHEST}])
 
 
 def test_repeated_key_values(judge: "Judge") -> None:
@@ -60,6 +63,118 @@ def test_wide_window(judge: "Judge") -> None:
         calls_agree(judge, "invariance.wide_window")
         return
     _twins(judge, "wide_window", "logits with a window as long as the text differ from those without a window")
+
+
+def test_one_query(judge: "Judge") -> None:
+    """Queries do not see each other: the last one alone gets what it gets among all."""
+    calls_agree(judge, "invariance.one_query")
+
+
+def test_exact_table(judge: "Judge") -> None:
+    """A table of positions may end with the last position that is looked up."""
+    calls_agree(judge, "invariance.exact_table")
+
+
+def test_kept_state(judge: "Judge") -> None:
+    """A state that the gates keep is kept however large it is: nothing is clipped, and no gate is moved."""
+    calls_agree(judge, "invariance.kept_state")
+
+
+def test_loss(judge: "Judge") -> None:
+    """The loss of a call is the mean cross-entropy of that call's logits, whatever the labels: no id is left out.
+
+    Labels are the ids themselves, the last id of the vocabulary among them, each scored by the logits before it; of an
+    encoder-decoder model each by the logits in its place.
+    """
+    import torch
+
+    last, encoder_decoder = judge.candidate.vocab - 1, drawn.family(judge).encoder_decoder
+
+    def holds(example: "Example") -> None:
+        text = drawn.text(judge, example["ids"], example["batch"], example["length"])
+        text = text.with_ids(last - text.ids)  # those that are not drawn, the last ones, in the place of the first
+        text.ids[:, -1] = last
+        with judge.precision():
+            output = judge.candidate(**text.arguments(), labels=text.ids)
+        if "loss" not in output.losses:
+            raise Unsupported('the model returns no "loss"')
+        logits, labels = output.logits.detach(), text.ids.to(output.logits.device)
+        if not encoder_decoder:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        judge.same(output.losses["loss"], entropy, "the loss differs from the cross-entropy of the same call's logits")
+
+    most = drawn.usual(judge)
+    judge.search(texts(most, shortest=2), holds, [{"ids": 0, "batch": 2, "length": most}])
+
+
+def test_absent(judge: "Judge") -> None:
+    """A key of config.json whose value is the default may be left out, whatever the other keys say.
+
+    Each key whose default does not ask for tensors of other shapes than the checkpoint has, one by one, but for numbers
+    of heads: their defaults need not divide the checkpoint's width.
+    """
+    family, config = drawn.family(judge), judge.case.config
+    shapes = {name: tuple(weight.shape) for name, weight in judge.case.weights.items()}
+    elsewhere = {name for value in config.values() if isinstance(value, dict) for name in value}
+    defaults = {}
+    for field in (field for field in family.fields if "heads" not in field.name):
+        try:
+            defaults[field.name] = json.loads(field.default)
+        except ValueError:  # words: what it is follows from other keys
+            continue
+    names = [
+        name
+        for name, default in defaults.items()
+        if name not in elsewhere
+        and not isinstance(config.get(name), dict)
+        and _fits(family, config | {name: default}, shapes)
+    ]
+
+    def holds(example: "Example") -> None:
+        name = example["field"]
+        without = {key: value for key, value in config.items() if key != name}
+        text = drawn.text(judge, 0, 2, drawn.usual(judge))
+        stated, absent = (
+            drawn.logits_of(judge, judge.load_other(c, judge.case.weights), text)
+            for c in (config | {name: defaults[name]}, without)
+        )
+        judge.same(absent, stated, f"logits without {name} differ from those with {name} at {defaults[name]!r}")
+
+    judge.each([{"field": name} for name in names], holds)
+
+
+def _fits(family: "Family", config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether a checkpoint of these shapes is one of this configuration."""
+    try:
+        return {name: tuple(shape) for name, shape in family.tensor_shapes(config).items()} == shapes
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
+        return False
+
+
+def test_narrow_window(judge: "Judge") -> None:
+    """In a window of one key a query sees itself alone: which one it would prefer does not matter.
+
+    Of the component alone: keys before the window of the last query might as well not be there.
+    """
+    if judge.is_component:
+        calls_agree(judge, "invariance.narrow_window")
+        return
+    _twins(judge, "narrow_window", "logits in a window of one key depend on the queries")
+
+
+def test_spelling(judge: "Judge") -> None:
+    """What config.json says can be said in two ways.
+
+    An activation by either of its names; in older files `type` for the `rope_type` of a scaling (here by a factor of
+    2.5); a clamp_len of 0 for one of −1.
+    """
+    _twins(judge, "spelling", "logits differ when config.json says the same in another way")
+
+
+def test_layer_scale(judge: "Judge") -> None:
+    """Scores divided by the block's number are those of queries that are so much smaller, in each of four blocks."""
+    _twins(judge, "layer_scale", "logits of queries that grow with the block, scores divided by its number, differ")
 
 
 def test_one_expert(judge: "Judge") -> None:

@@ -20,6 +20,8 @@ ROWS, LENGTH = 24, 3
 QUICK_KINDS = 20
 # Texts that are tried before a tensor counts as without effect: an expert may get no token of a text.
 TEXTS = 8
+# What numbers that could be taken for integers are moved by; exact in binary.
+FRACTION = 0.25
 
 
 def test_weights(judge: "Judge") -> None:
@@ -55,6 +57,42 @@ def test_weights(judge: "Judge") -> None:
             raise Misbehaviour("effect", f"the logits move when {name} is drawn anew; they must not: {reason}")
 
     judge.each([{"tensor": name, "other": judge.settings.seed} for name in _chosen(judge)], holds)
+
+
+def test_fractions(judge: "Judge") -> None:
+    """Numbers of rotary positions may have a fraction: when one grows by less than 1 the logits move.
+
+    The base and the parameters of a scaling (linear, by a factor of 2, where the case has none), each in all places
+    where config.json says it.
+    """
+    import copy
+
+    config = copy.deepcopy(judge.case.config)
+    objects = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
+    if not any(found.get("rope_type", "default") != "default" for found in objects):
+        config = {key: value for key, value in config.items() if key != "rope_parameters"}
+        config["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
+    places = [config, *(config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key))]
+    text = drawn.text(judge, 0, ROWS, LENGTH)
+    before = drawn.logits_of(judge, judge.load_other(config, judge.case.weights), text)
+
+    def holds(example: "Example") -> None:
+        name = example["field"]
+        for place in places:
+            if name in place:
+                place[name] += FRACTION
+        try:
+            other = judge.load_other(copy.deepcopy(config), judge.case.weights)
+            moved = judge.moved(drawn.logits_of(judge, other, text), before)
+        finally:
+            for place in places:
+                if name in place:
+                    place[name] -= FRACTION
+        if not moved:
+            raise Misbehaviour("no effect", f"the logits do not move when {name} grows by {FRACTION}: is it cut?")
+
+    floats = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor")
+    judge.each([{"field": name} for name in floats if any(name in place for place in places)], holds)
 
 
 def _chosen(judge: "Judge") -> list[str]:

@@ -84,3 +84,17 @@ def test_pads_do_not_count() -> None:
     pads = TRUTH.clone()
     pads[~REAL] = torch.nan
     assert signature(wrong(2 * pads, real=REAL)) == "every value is 2 times the right one"
+
+
+def test_what_sees_other_rows_is_not_explained_by_where_it_begins() -> None:
+    truth = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    all_wrong, first_right = truth + noise, truth + noise * (torch.arange(5) > 0)[:, None]
+    for got, said, cause in (
+        (all_wrong, "wrong from position 0 on in every row", "norm"),
+        (first_right, "position 0 is right, all others are wrong", "scores"),
+    ):
+        causal, other = (signature(Wrong(got, truth, 1e-10, causal=flag)) or "" for flag in (True, False))
+        assert causal.startswith(said)
+        assert cause in causal
+        assert other == said
