@@ -261,15 +261,24 @@ KINDS = {
     "cache": "needs a cache",
     "packing": "needs texts that share a row without padding",
     "training": "shows in the loss or the gradients alone",
+    "loading": "needs files of another dtype than the model's",
     "dtype": "is a matter of precision: shows in float32, bfloat16 or float16 alone",
 }
+# Checks that see a mistake in a forward pass, in a configuration or with positions of their own.
+SEEN_FORWARD = (
+    "golden.logits",
+    "invariance.shift",
+    "invariance.spelling",
+    "invariance.absent",
+    "sensitivity.fractions",
+)
 
 
 def kind(mistake: Mistake, family: str) -> str:
     """What it takes to see a mistake: by the checks of the suite that it names, and by a forward of the plain case."""
     if mistake.precision:
         return "dtype"
-    if "golden.logits" in mistake.killed_by:
+    if set(mistake.killed_by) & set(SEEN_FORWARD):
         return "forward" if wrong_in_plain(mistake, family) else "field"
     if any("padding" in check or check == "golden.positions" for check in mistake.killed_by):
         return "padding"
@@ -277,8 +286,10 @@ def kind(mistake: Mistake, family: str) -> str:
         return "cache"
     if any(check.startswith("packed.") for check in mistake.killed_by):
         return "packing"
-    if any(check in ("golden.loss", "golden.gradients") for check in mistake.killed_by):
+    if any("loss" in check or "gradients" in check for check in mistake.killed_by):
         return "training"
+    if "round_trip.storage" in mistake.killed_by:
+        return "loading"
     raise ValueError(f"no kind of mistake is killed by {', '.join(mistake.killed_by)} in {family}; add one to KINDS")
 
 
@@ -312,8 +323,9 @@ def key(column: tuple[str, str]) -> str:
 
 
 def mutants(families: Iterable[str]) -> list[tuple[str, str]]:
-    """Mistake and family of every mutant that some output shows."""
-    return [(m.id, f) for f in families for m in catalogue().values() if f in m.families and f not in m.equivalent]
+    """Mistake and family of every mutant that some output of one process shows."""
+    shown = [mistake for mistake in catalogue().values() if not mistake.partition]
+    return [(m.id, f) for f in families for m in shown if f in m.families and f not in m.equivalent]
 
 
 def judged(task: tuple[str, str]) -> Row:
@@ -391,8 +403,9 @@ def _intro(rows: list[Row]) -> str:
 # How sharp other methods are
 
 {mistakes} mistakes of the [catalogue](mistakes.md) make {len(rows)} mutants of the reference's Llama and Phi. Left out
-are those that no output can show (declared equivalent, or a policy of precision). Each is compared with the right model
-by methods that are customary elsewhere, and judged by this suite, which lets {survivors or "none"} pass.
+are those that no output can show (declared equivalent, or a policy of precision) and those of partition. Each is
+compared with the right model by methods that are customary elsewhere, and judged by this suite, which lets
+{survivors or "none"} pass.
 
 - **pass**: mutants that the method lets pass, whatever the seed.
 - **same**: those of them for which all that the method looks at (for greedy tokens: the logits they are taken from) is

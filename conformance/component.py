@@ -121,7 +121,8 @@ class ComponentCandidate:
         tensor, wanted = as_tensor(value, name), tuple(self.case.expected[name].shape)
         axes = next(v.axes for v in self.family.returns if v.name == name)
         if sizes:
-            named = zip((axes or "").split(), wanted, tensor.shape, strict=False)
+            shape = (*tensor.shape, *[-1] * len(wanted))  # there may be fewer axes than there should be
+            named = zip((axes or "").split(), wanted, shape, strict=False)
             wanted = tuple(got if sizes.get(axis) == -1 else sizes.get(axis, size) for axis, size, got in named)
         if tuple(tensor.shape) != wanted:
             raise Misbehaviour("shape", f"{name} of shape {tuple(tensor.shape)}, wanted {wanted} ({axes})")

@@ -27,7 +27,7 @@ What cannot be closed: values that were rounded before torch sees them (numpy fl
 computed when a module was imported); bit tricks (`x.view(torch.int32)`); `torch.compile`d code, which is judged outside
 the mode; custom operators whose implementation is Python; writing through a numpy array; a graph that was recorded
 outside the mode.  A cache filled inside the mode (`lru_cache` of rotary tables) stays double after it.  The default
-dtype belongs to the process: do not run other torch threads meanwhile.
+dtype belongs to the process: other torch threads have it too while one is in the mode.
 """
 
 from __future__ import annotations
@@ -123,13 +123,36 @@ def _activate(stack: ExitStack) -> None:
     stack.callback(setattr, _state, "active", False)
     leaked = _LeakedTensors()
     stack.callback(leaked.restore)
-    stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-    torch.set_default_dtype(torch.float64)
-    for name in _LEGACY_NAMES:
-        stack.callback(setattr, torch, name, getattr(torch, name))
-        setattr(torch, name, torch.DoubleTensor)
+    stack.enter_context(_process)
     stack.enter_context(_Operations())  # type: ignore[no-untyped-call]
     stack.enter_context(_Functions(leaked))
+
+
+class _Process:
+    """What belongs to the process, not to a thread: the first thread that enters changes it, the last restores it."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._stack = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1:
+                return
+            self._stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float64)
+            for name in _LEGACY_NAMES:
+                self._stack.callback(setattr, torch, name, getattr(torch, name))
+                setattr(torch, name, torch.DoubleTensor)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stack.close()
+
+
+_process = _Process()
 
 
 class _LeakedTensors:

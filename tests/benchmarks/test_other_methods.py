@@ -23,6 +23,7 @@ SAMPLE = (
     ("phi", "loss-summed"),
     ("phi", "pack-no-block-mask"),
     ("phi", "positions-argument-ignored"),
+    ("phi", "weights-half-misread"),
 )
 
 

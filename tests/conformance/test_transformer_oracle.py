@@ -247,7 +247,7 @@ SUPPORTED = {
     "golden.logits", "golden.left_padding", "golden.right_padding", "shapes.any", "shapes.inputs", "batching.alone",
     "batching.permutation", "batching.padding", "batching.source_padding", "sensitivity.weights", "determinism.repeat",
     "determinism.eval", "determinism.threads", "causality.prefix", "causality.source", "causality.encoder",
-    "reach.last_row",
+    "reach.last_row", "round_trip.storage", "invariance.absent",
 }  # fmt: skip
 
 

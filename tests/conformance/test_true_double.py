@@ -6,6 +6,7 @@ float64 tensors computed outside the mode from operations that name float64.
 
 import copy
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -439,6 +440,28 @@ def test_default_dtype_of_the_caller_comes_back() -> None:
         assert torch.get_default_dtype() is torch.bfloat16
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_threads_that_overlap_leave_the_default_dtype_as_it_was() -> None:
+    """The first to enter is the first to leave."""
+    entered, left = threading.Event(), threading.Event()
+    seen: list[torch.dtype] = []
+
+    def second() -> None:
+        with TrueDouble():
+            entered.set()
+            left.wait(10)
+            seen.append(torch.get_default_dtype())
+
+    with TrueDouble():
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert entered.wait(10)
+    left.set()
+    thread.join()
+    assert seen == [torch.float64]
+    assert torch.get_default_dtype() is torch.float32
+    assert torch.FloatTensor is LEGACY_CLASS
 
 
 @pytest.mark.parametrize("inner_is_outer", [True, False])

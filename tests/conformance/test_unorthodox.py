@@ -68,7 +68,7 @@ def cannot(variant: Variant, claim: Claim) -> bool:
         claim.dtype not in model.dtypes
         or claim.check in NEVER
         or (claim.check in NEED_PARAMETERS and not model.trainable)
-        or (claim.check == "golden.loss" and not labels)
+        or (claim.check in ("golden.loss", "invariance.loss") and not labels)
     )
 
 

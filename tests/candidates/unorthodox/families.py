@@ -62,12 +62,12 @@ class Bands(Decoder):
 class Routed(Decoder):
     """Tokens in one row, (n, d); experts stacked, (E, f, d) and (E, d, f)."""
 
-    family = "mixtral"
+    family, default_eps = "mixtral", 1e-5
 
     def feed_forward(self, at: str, n: Tensor) -> Tensor:
         at, tokens = at + "block_sparse_moe.", n.flatten(0, 1)
         router = F.linear(tokens.to(wide(n.dtype)), self.w[at + "gate.weight"].to(wide(n.dtype)))
-        logits, chosen = router.topk(self.config["num_experts_per_tok"], dim=-1)
+        logits, chosen = router.topk(self.config.get("num_experts_per_tok", 2), dim=-1)
         experts = range(self.config["num_local_experts"])
         w1, w2, w3 = (torch.stack([self.w[f"{at}experts.{e}.{w}.weight"] for e in experts]) for w in ("w1", "w2", "w3"))
         return self.mix(tokens, chosen, logits.softmax(-1), w1, w2, w3).view(n.shape)
@@ -168,7 +168,8 @@ class UnfusedLinears(Decoder):
     def read(self) -> None:
         config = self.config
         self.layers, self.heads, self.kv_heads = config["n_layer"], config["n_head"], config["n_head"]
-        self.head_dim, self.eps, self.window = config["n_embd"] // self.heads, config["layer_norm_epsilon"], None
+        self.head_dim, self.window = config["n_embd"] // self.heads, None
+        self.eps = config.get("layer_norm_epsilon", 1e-5)
         self.activation, self.turning = ACTIVATIONS[config["activation_function"]], ()
 
     def prepare(self) -> None:

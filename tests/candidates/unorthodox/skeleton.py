@@ -34,6 +34,7 @@ class Decoder:
     """wrong: whether the variant makes its one mistake."""
 
     family, table = "llama", "model.embed_tokens.weight"
+    default_eps = 1e-6  # of its norms, where config.json says nothing
     dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")
     # Whether what is computed comes from the hub's tensors at every call, so that gradients reach them.
     trainable = True
@@ -53,7 +54,7 @@ class Decoder:
         self.layers, self.heads = config["num_hidden_layers"], config["num_attention_heads"]
         self.kv_heads = config.get("num_key_value_heads") or self.heads
         self.head_dim = config.get("head_dim") or config["hidden_size"] // self.heads
-        self.eps, self.window = config.get("rms_norm_eps", 1e-6), config.get("sliding_window")
+        self.eps, self.window = config.get("rms_norm_eps", self.default_eps), config.get("sliding_window")
         self.activation = ACTIVATIONS[config.get("hidden_act", "silu")]
         self.turning = frequencies(config, self.head_dim, self.head_dim)
 

@@ -71,7 +71,7 @@ class JointMemory(Decoder):
         return F.linear(x, head) + self.w["final_logits_bias"]
 
     def stream(self, side: str, ids: Tensor, place: Tensor) -> Tensor:
-        scale = self.size**0.5 if self.config["scale_embedding"] else 1.0
+        scale = self.size**0.5 if self.config.get("scale_embedding", False) else 1.0
         turns = 10000.0 ** (-torch.arange(0, self.size, 2, dtype=torch.float64) / self.size)
         angles = place.clamp(min=0).double()[..., None] * turns
         return F.embedding(ids, self.embedding(side)) * scale + torch.cat((angles.sin(), angles.cos()), -1).to(
