@@ -26,7 +26,13 @@ NEED_PARAMETERS = {
 # What is compared with values that a case stores; the other checks are properties, and take most of the time.
 GOLDEN = FULL.keys() | CONSTANT_STATE.keys()
 # What no variant returns or does.
-NEVER = {"golden.auxiliary_losses", "partition.bit_equal", "generation.greedy", "generation.stop_token"}
+NEVER = {
+    "golden.auxiliary_losses",
+    "gradients.auxiliary",
+    "partition.bit_equal",
+    "generation.greedy",
+    "generation.stop_token",
+}
 VARIANT = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
 
