@@ -312,7 +312,7 @@ class Candidate:
     ) -> list[list[int]]:
         """The new token ids of each row, greedily.
 
-        Raises: Unsupported if the model has no `generate`; Misbehaviour if it returns something else than a list of ids
+        Raises: Unsupported if the model has no `greedy`; Misbehaviour if it returns something else than a list of ids
             for each row.
         """
         if not hasattr(self.model, "greedy"):

@@ -87,8 +87,8 @@ _CLOSED = frozenset(
     }.items()
     for name in names.split()
 )
-# What no dispatch of its own hides behind: a DTensor is none of these.
-_PLAIN = frozenset([Tensor, Parameter, int, float, bool, str, slice, type(None), type(...), torch.dtype, torch.device])
+# Arguments that are neither tensors nor dtypes.  Of tensors only Tensor and Parameter have no dispatch of their own.
+_PLAIN = frozenset([int, float, bool, str, slice, type(None), type(...), torch.device])
 _BOXES = (tuple, list, torch.Size)
 
 _state = threading.local()
@@ -208,13 +208,16 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.get_default_dtype() is not torch.float64:  # the code inside called set_default_dtype
             torch.set_default_dtype(torch.float64)
-        if _keeps_dtype(func, args, kwargs):
-            return func(*args, **kwargs)
-        if self._promote_all(args):
-            args = tuple([_double(value) for value in args])
-        if kwargs and self._promote_all(kwargs.values()):
-            kwargs = {name: _double(value) for name, value in kwargs.items()}
-        if func in _CLOSED and _nobody_else_looks() and _plain(args) and _plain(kwargs.values()):
+        closed = func in _CLOSED
+        if not (closed and _ready(args) and _ready(kwargs.values())):
+            if _keeps_dtype(func, args, kwargs):
+                return func(*args, **kwargs)
+            if self._promote_all(args):
+                args = tuple([_double(value) for value in args])
+            if kwargs and self._promote_all(kwargs.values()):
+                kwargs = {name: _double(value) for name, value in kwargs.items()}
+            closed = closed and _ready(args) and _ready(kwargs.values())
+        if closed and _nobody_else_looks():
             with torch._C._DisableTorchDispatch():
                 return func(*args, **kwargs)
         return _CASTS.get(func, func)(*args, **kwargs)
@@ -280,10 +283,17 @@ def _nobody_else_looks() -> bool:
     return torch._C._len_torch_dispatch_stack() == 1 and not torch._C._is_any_autocast_enabled()
 
 
-def _plain(values: Iterable[Any]) -> bool:
+def _ready(values: Iterable[Any]) -> bool:
+    """Whether nothing among the values is of low precision, nor has a dispatch of its own."""
     for value in values:
         kind = type(value)
-        if kind not in _PLAIN and not (kind in _BOXES and _plain(value)):
+        if kind is Tensor or kind is Parameter:
+            if value.dtype in PROMOTED:
+                return False
+        elif kind is torch.dtype:
+            if value in PROMOTED:
+                return False
+        elif kind not in _PLAIN and not (kind in _BOXES and _ready(value)):
             return False
     return True
 
