@@ -260,6 +260,7 @@ KINDS = {
     "padding": "needs padding, or positions that are given",
     "cache": "needs a cache",
     "packing": "needs texts that share a row without padding",
+    "generation": "shows in the implementation's own loop that generates tokens",
     "training": "shows in the loss or the gradients alone",
     "loading": "needs files of another dtype than the model's",
     "dtype": "is a matter of precision: shows in float32, bfloat16 or float16 alone",
@@ -286,6 +287,8 @@ def kind(mistake: Mistake, family: str) -> str:
         return "cache"
     if any(check.startswith("packed.") for check in mistake.killed_by):
         return "packing"
+    if any(check.startswith("generation.") for check in mistake.killed_by):
+        return "generation"
     if any("loss" in check or "gradients" in check for check in mistake.killed_by):
         return "training"
     if "round_trip.storage" in mistake.killed_by:

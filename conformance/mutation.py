@@ -144,8 +144,9 @@ def model_under(patch: Patch, model: Any) -> Any:
     if hasattr(model, "partitioned"):
         partitioned = _under(patch, model.partitioned)
         patched.partitioned = lambda stages: model_under(patch, partitioned(stages))
-    if hasattr(model, "packed"):
-        patched.packed = _method_under(patch, model, "packed")
+    for name in ("packed", "greedy"):
+        if hasattr(model, name):
+            setattr(patched, name, _method_under(patch, model, name))
     return patched
 
 

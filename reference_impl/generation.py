@@ -146,13 +146,18 @@ def _steps(
         for piece, real in zip(*(t.split(prefill_chunk or t.shape[1], dim=1) for t in (ids, mask)), strict=True):
             with torch.no_grad():
                 logits = feed(piece, real)
-        tokens, log_probs = choose(logits[:, -1], sampling, generator)  # (B,)
+        tokens, log_probs = choose(of_next(logits, real), sampling, generator)  # (B,)
         yield Step(tokens.masked_fill(~active, 0), log_probs.masked_fill(~active, 0), active)
         active = active & ~torch.isin(tokens, stops)
         if not active.any():
             return
         # a row that has stopped is fed padding, which takes part in nothing
         ids, mask = tokens.masked_fill(~active, 0)[:, None], active[:, None]
+
+
+def of_next(logits: Float[Tensor, "batch seq vocab"], real: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch vocab"]:
+    """The logits of the next token: of the last column, which is real in every row, since padding is on the left."""
+    return logits[:, -1]
 
 
 def open_session(model: nn.Module, *, max_length: int, padded: bool) -> Callable[[Tensor, Tensor], Tensor]:

@@ -21,6 +21,7 @@ TOPICS = (
     "experts",
     "cache",
     "packing",
+    "generation",
     "loading",
     "recurrent",
     "sequence_attention",

@@ -24,6 +24,7 @@ SAMPLE = (
     ("phi", "pack-no-block-mask"),
     ("phi", "positions-argument-ignored"),
     ("phi", "weights-half-misread"),
+    ("phi", "last-token-index-left-pad"),
 )
 
 
