@@ -54,7 +54,8 @@ class Keeping(Judge):
         key = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, tensor in sorted(weights.items()):
             key.update(name.encode())
-            key.update(tensor.contiguous().numpy().tobytes())
+            key.update(str(tensor.dtype).encode())
+            key.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         kept = self.__dict__.setdefault("kept", {})
         if (found := kept.get(key.digest())) is None:
             if len(kept) >= KEPT:
