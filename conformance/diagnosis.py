@@ -31,12 +31,12 @@ from conformance.align import Probe, align
 from conformance.component import ComponentCandidate
 from conformance.families import Component, Config, Family, get
 from conformance.implementation import Candidate, Implementation, load_checkpoint, precision, vocabulary
-from conformance.implementations import reference
+from conformance.implementations import partition, reference
 from conformance.implementations.ranks import Handle
 from conformance.judge import Compared, Judge, Result
 from conformance.mistakes import Mistake, catalogue
 from conformance.mistakes.patching import Patch
-from conformance.mutation import model_under, mutant, over_ranks
+from conformance.mutation import model_under, mutant, staged
 from conformance.pristine import pristine
 from conformance.probes import word
 from conformance.signatures import Wrong, signature
@@ -95,10 +95,6 @@ class Ranks:
     def make(self, mistake: Mistake) -> bool:
         """Whether a mistake of a partition could be made so."""
         return mistake.partition == "pipeline" if self.stages else self.count > 1
-
-    @property
-    def key(self) -> str:
-        return "partition." if self.stages else ""
 
 
 ONE = Ranks()
@@ -201,7 +197,8 @@ class Simulator:
     def _partitioned(self, mistakes: Sequence[Mistake]) -> Values:
         """Over threads for ranks, as many as the candidate has."""
         kind = mistakes[0].partition if mistakes else "pipeline"
-        implementation = mutant(*mistakes, of=over_ranks(kind, self.ranks.key, self.ranks.count))
+        right = staged() if self.ranks.stages else partition.simulated(kind, self.ranks.count)
+        implementation = mutant(*mistakes, of=right)
         return self._run(self._loaded(implementation, self.case), implementation)
 
     def _run(self, candidate: Any, implementation: Implementation) -> Values:

@@ -73,7 +73,7 @@ class Outcome:
 def mutant(*mistakes: Mistake, of: Any = None) -> Implementation:
     """The reference with some mistakes, as an implementation like any other.
 
-    of: what is mistaken, where it is not the model in one process (`over_ranks`).
+    of: what is mistaken, where it is not the model in one process (`partition.simulated`, `staged`).
     """
     patch, right = Patch(*mistakes), Reference("eager") if of is None else of
 
@@ -90,12 +90,8 @@ def mutant(*mistakes: Mistake, of: Any = None) -> Implementation:
 RANKS = {"pipeline": 2, "tensor parallel": 3}
 
 
-def over_ranks(kind: str, check: str, ranks: int | None = None) -> Any:
-    """What a mistake of a partition is made in: the reference over threads for ranks; for a check that partitions a
-    model itself, the reference in one process that does so with such.
-    """
-    if not check.startswith("partition."):
-        return partition.simulated(kind, ranks or RANKS[kind])
+def staged() -> Reference:
+    """The reference in one process, which a check that partitions it shares out to threads."""
     whole = Reference("eager")
     whole.pipelines = {stages: partition.simulated("pipeline", stages) for stages in STAGES}
     return whole
@@ -229,12 +225,9 @@ def _wanted(mistake: Mistake, family: str) -> list[Claim]:
 def _results(mistake: Mistake, claims: Iterable[Claim]) -> Iterator[Result]:
     judges: dict[tuple[str, str, bool], Judge] = {}
 
-    def mistaken(stages: bool) -> Implementation:
-        if not mistake.partition:
-            return mutant(mistake)
-        return mutant(mistake, of=over_ranks(mistake.partition, "partition." if stages else ""))
-
-    by_stages = {stages: mistaken(stages) for stages in ((False, True) if mistake.partition else (False,))}
+    kind = mistake.partition
+    whole = mutant(mistake, of=partition.simulated(kind, RANKS[kind]) if kind else None)
+    by_stages = {False: whole, True: mutant(mistake, of=staged()) if kind else whole}
 
     def prepared(claim: Claim) -> Judge:
         key = claim.case, claim.dtype, claim.check.startswith("partition.")

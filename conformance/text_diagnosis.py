@@ -201,7 +201,9 @@ class Search:
     def unknown(self) -> dict[str, Any]:
         """What can be seen of a mistake that no entry gives."""
         answers, tokenizer = self.answers, self.simulator.tokenizers.right
-        wrong = WrongText(answers.given, answers.got, answers.wanted, tokenizer.decode, frozenset(specials(tokenizer)))
+        wrong = WrongText(
+            answers.given, answers.got, answers.wanted, tokenizer.decode, frozenset(tokenizer.special_tokens.ids)
+        )
         said = [sign] if (sign := text_signature(wrong)) else []
         shares = {h.id: f"{same} of {len(self.wrong)} wrong answers" + (f", {more} others wrong" if more else "")
                   for same, more, h in self.near}  # fmt: skip
@@ -212,9 +214,3 @@ class Search:
         else:
             said.append(f"only texts of more than {LONGEST} characters are wrong, which are not simulated")
         return {"kind": "unknown", "id": None, "text": "; ".join(said), "reproduced_to": None, "fix": ""}
-
-
-def specials(tokenizer: Any) -> list[str]:
-    """The texts of its special and added tokens."""
-    found: list[str] = list(tokenizer._specials.ids)
-    return found

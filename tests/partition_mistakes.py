@@ -18,6 +18,7 @@ from conformance.implementations.partition import (
     load_pipeline_stage,
     load_tensor_parallel_rank,
 )
+from conformance.mistakes.partition import Total
 from reference_impl.nn.norm import RMSNorm
 from reference_impl.partition import pipeline, tensor_parallel
 from reference_impl.partition.tensor_parallel import Layout
@@ -25,22 +26,8 @@ from reference_impl.partition.tensor_parallel import Layout
 # --- tensor parallel
 
 
-class _Sum(torch.autograd.Function):
-    """All-reduce; every rank's gradient is the whole one already."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
-
-
 def total(x: Tensor) -> Tensor:
-    return _Sum.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    return Total.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class ByHand(nn.Module):

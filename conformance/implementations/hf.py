@@ -160,14 +160,14 @@ class EncoderDecoderSession:
     def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None):
         from transformers import DynamicCache, EncoderDecoderCache
 
-        self.model, self.source_mask = model, attention_mask
+        self.model, self.source_mask, self.cache_name = model, attention_mask, str(cache_argument(model))
         self.encoded = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
         self.cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
 
     def feed(self, input_ids: Tensor) -> Tensor:
         return self.model(  # type: ignore[no-any-return]
             encoder_outputs=self.encoded, attention_mask=self.source_mask, decoder_input_ids=input_ids,
-            use_cache=True, **{str(cache_argument(self.model)): self.cache},
+            use_cache=True, **{self.cache_name: self.cache},
         ).logits  # fmt: skip
 
     def state_bytes(self) -> int:
@@ -294,6 +294,7 @@ class Session:
         from transformers import DynamicCache
 
         self.model, self.cache = model, DynamicCache(config=model.config)
+        self.cache_name = str(cache_argument(model))
         self.mask: Tensor | None = None
 
     def feed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -305,7 +306,7 @@ class Session:
             attention_mask=self.mask,
             position_ids=positions,
             use_cache=True,
-            **{str(cache_argument(self.model)): self.cache},
+            **{self.cache_name: self.cache},
         ).logits
 
     def state_bytes(self) -> int:

@@ -661,12 +661,12 @@ def added_ignored(original: Callable[..., list[int]]) -> Callable[..., list[int]
     """Added tokens that are no special ones are text."""
 
     def encode(self: Any, text: str, **options: bool) -> list[int]:
-        kept = self._added, self._specials
-        self._added, self._specials = type(kept[0])({}), type(kept[1])(self.vocabulary.specials)
+        kept = self._added, self.special_tokens
+        self._added, self.special_tokens = type(kept[0])({}), type(kept[1])(self.vocabulary.specials)
         try:
             return original(self, text, **options)
         finally:
-            self._added, self._specials = kept
+            self._added, self.special_tokens = kept
 
     return encode
 

@@ -36,8 +36,8 @@ def test_prefix(judge: "Judge") -> None:
         rows[1:, at] = torch.stack(others)
         before, *after = drawn.logits(judge, text.with_ids(rows))
         if at:
-            before_token = before[None, :at].expand(ALTERNATIVES, -1, -1)
-            judge.same(torch.stack(after)[:, :at], before_token, f"logits before token {at} moved when it was changed")
+            earlier = torch.stack(after)[:, :at]
+            judge.same(earlier, before[:at].expand_as(earlier), f"logits before token {at} moved when it was changed")
         if not any(judge.moved(other[at], before[at]) for other in after):
             raise Misbehaviour("no effect", f"the logits at token {at} do not move when it is changed")
 

@@ -1,7 +1,8 @@
 """Sensitivity: every weight of a checkpoint has an effect, so that none is silently not loaded."""
 
+import copy
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conformance import draws
 from conformance.families import get
@@ -65,34 +66,30 @@ def test_fractions(judge: "Judge") -> None:
     The base and the parameters of a scaling (linear, by a factor of 2, where the case has none), each in all places
     where config.json says it.
     """
-    import copy
-
-    config = copy.deepcopy(judge.case.config)
-    objects = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
-    if not any(found.get("rope_type", "default") != "default" for found in objects):
+    config = judge.case.config
+    if all(found.get("rope_type", "default") == "default" for found in _rotary(config)[1:]):
         config = {key: value for key, value in config.items() if key != "rope_parameters"}
         config["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
-    places = [config, *(config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key))]
     text = drawn.text(judge, 0, ROWS, LENGTH)
     before = drawn.logits_of(judge, judge.load_other(config, judge.case.weights), text)
 
     def holds(example: "Example") -> None:
         name = example["field"]
-        for place in places:
+        grown = copy.deepcopy(config)
+        for place in _rotary(grown):
             if name in place:
                 place[name] += FRACTION
-        try:
-            other = judge.load_other(copy.deepcopy(config), judge.case.weights)
-            moved = judge.moved(drawn.logits_of(judge, other, text), before)
-        finally:
-            for place in places:
-                if name in place:
-                    place[name] -= FRACTION
-        if not moved:
+        other = judge.load_other(grown, judge.case.weights)
+        if not judge.moved(drawn.logits_of(judge, other, text), before):
             raise Misbehaviour("no effect", f"the logits do not move when {name} grows by {FRACTION}: is it cut?")
 
     floats = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor")
-    judge.each([{"field": name} for name in floats if any(name in place for place in places)], holds)
+    judge.each([{"field": name} for name in floats if any(name in place for place in _rotary(config))], holds)
+
+
+def _rotary(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The objects in which config.json may say something of rotary positions: itself first."""
+    return [config, *(config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key))]
 
 
 def _chosen(judge: "Judge") -> list[str]:

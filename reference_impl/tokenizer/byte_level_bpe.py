@@ -97,7 +97,7 @@ class ByteLevelBPE:
                 raise ValueError(f"merge {number}, {left!r} with {right!r}: all of it and both parts must be tokens")
         ranks = {pair: order for order, pair in enumerate(vocabulary.merges)}
         self._rank: Rank = lambda left, right: ranks.get((left, right))
-        self._specials = SpecialTokens({**vocabulary.specials, **vocabulary.added})
+        self.special_tokens = SpecialTokens({**vocabulary.specials, **vocabulary.added})
         self._added = SpecialTokens(vocabulary.added)
         self._surfaces = self._bytes_by_id()
         self._kept: dict[str, tuple[int, ...]] = {}
@@ -110,7 +110,7 @@ class ByteLevelBPE:
         """The ids of a text; arguments and Raises as for `SentencePieceBPE.encode`."""
         require_text(text)
         ids: list[int] = []
-        for _, part, token in (self._specials if parse_special else self._added).split(text):
+        for _, part, token in (self.special_tokens if parse_special else self._added).split(text):
             ids += self._encode(part) if token is None else [token]
         return [*self.vocabulary.begin, *ids, *self.vocabulary.end] if add_special_tokens else ids
 

@@ -104,7 +104,7 @@ class SentencePieceBPE:
             raise ValueError(f"{len(self._id_of_byte)} of 256 byte pieces and no unknown piece: wanted either")
         self._user_defined = SpecialTokens({piece: i for piece, kind, i in named if kind is Kind.USER_DEFINED})
         control = {piece: i for piece, kind, i in named if kind in (Kind.CONTROL, Kind.UNKNOWN)}
-        self._specials = SpecialTokens({**control, **vocabulary.specials, **vocabulary.added})
+        self.special_tokens = SpecialTokens({**control, **vocabulary.specials, **vocabulary.added})
         self._added = SpecialTokens(vocabulary.added)
         self._cut = self._cutter()
         self._kept: dict[str, tuple[int, ...]] = {}
@@ -126,7 +126,7 @@ class SentencePieceBPE:
         """
         require_text(text)
         ids: list[int] = []
-        for start, part, token in (self._specials if parse_special else self._added).split(text):
+        for start, part, token in (self.special_tokens if parse_special else self._added).split(text):
             ids += self._encode(part, start == 0) if token is None else [token]
         return [*self.vocabulary.begin, *ids, *self.vocabulary.end] if add_special_tokens else ids
 

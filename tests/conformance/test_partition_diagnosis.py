@@ -14,6 +14,7 @@ from conformance.cases import Case, Claim
 from conformance.diagnosis import Ranks, hypotheses
 from conformance.families import get
 from conformance.implementation import adopt
+from conformance.implementations import partition
 from conformance.implementations.partition import load_pipeline_stage, load_tensor_parallel_rank
 from conformance.implementations.ranks import OverRanks
 from conformance.implementations.threads import Threads
@@ -153,7 +154,8 @@ def test_a_partition_without_a_mistake_survives() -> None:
     """The matrix can tell: what kills is the mistake, not the simulation."""
     for kind, name, check in (("pipeline", "llama/mha", BITS), ("pipeline", "gpt/distinct", GRADIENTS),
                               ("tensor parallel", PHI, GRADIENTS)):  # fmt: skip
-        implementation = mutation.mutant(of=mutation.over_ranks(kind, check))
+        right = mutation.staged() if check == BITS else partition.simulated(kind, mutation.RANKS[kind])
+        implementation = mutation.mutant(of=right)
         result = judge(checks()[check], Claim(name, check, "float64"),
                        lambda: Judge(implementation, CASES.setdefault(name, Case(name)), "float64", "cpu"))  # fmt: skip  # noqa: B023
         assert result.outcome == "pass"

@@ -237,6 +237,14 @@ def test_what_is_not_the_likeliest_continuation_fails(answer: Any, kind: str) ->
     assert (result.outcome, result.kind) == ("fail", kind), result
 
 
+def test_a_text_that_ends_for_no_reason_fails_the_stop_token_too() -> None:
+    def change(model: Any) -> None:
+        model.greedy = lambda ids, mask, new, stop: [[] for _ in ids]
+
+    result = check(Changed(change), "llama/plain", "generation.stop_token")
+    assert (result.outcome, result.kind) == ("fail", "length"), result
+
+
 @pytest.mark.parametrize("answer", [lambda ids, mask, new, stop: None, lambda ids, mask, new, stop: [[0.5] * new]])
 def test_what_is_no_list_of_ids_is_an_error(answer: Any) -> None:
     assert greedy(answer).outcome == "error"
