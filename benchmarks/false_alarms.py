@@ -4,8 +4,8 @@
 
 Every claim of a property is put to the implementation with the examples of one seed after another, all in this process,
 with the models kept loaded.  An example that passed is not put to the same claim again: those that come first for every
-seed are run once.  An outcome other than `pass` and `unsupported` is an alarm; each is printed with what
-repeats it.  With --first the seeds begin elsewhere, so that several processes can share the work.
+seed are run once, and so is a claim without examples.  An outcome other than `pass` and `unsupported` is an alarm; each
+is printed with what repeats it.  With --first the seeds begin elsewhere, so that several processes can share the work.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,13 +34,24 @@ KEPT = 64
 
 
 class Keeping(Judge):
-    """A judge that loads a checkpoint once, though every seed asks for it, and runs an example of a check once."""
+    """A judge that loads a checkpoint once, though every seed asks for it, and runs an example of a check once.
+
+    check: the one that is judged.  has_examples: whether it has put one to the candidate.
+    """
 
     check: str
+    has_examples = False
 
     def search(
-        self, strategy: Any, test: Callable[[Example], None], first: Sequence[Example] = (), share: int = 1
+        self, strategy: Any, test: Callable[[Example], None], first: Sequence[Example] = (), cost: float = 1
     ) -> None:
+        super().search(strategy, self._once(test), first, cost)
+
+    def each(self, examples: Iterable[Example], test: Callable[[Example], None]) -> None:
+        super().each(examples, self._once(test))
+
+    def _once(self, test: Callable[[Example], None]) -> Callable[[Example], None]:
+        self.has_examples = True
         passed: set[tuple[str, str]] = self.__dict__.setdefault("passed", set())
 
         def once(example: Example) -> None:
@@ -48,7 +59,7 @@ class Keeping(Judge):
                 test(example)
                 passed.add(key)
 
-        super().search(strategy, once, first, share)
+        return once
 
     def load_other(self, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> Candidate:
         key = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -100,19 +111,24 @@ def count_alarms(implementation: Implementation, asked: argparse.Namespace) -> i
     judges: dict[tuple[str, str], Keeping] = {}
     outcomes: Counter[str] = Counter()
     seconds: defaultdict[str, float] = defaultdict(float)
+    without_examples: set[Claim] = set()
     examples, started = 0, time.perf_counter()
     for seed in range(asked.first, asked.first + asked.seeds):
         for claim in claimed:
+            if claim in without_examples:
+                continue
             place = (claim.case, claim.dtype)
             if place not in judges:
                 judges[place] = Keeping(implementation, Case(claim.case), claim.dtype, "cpu")
-            judges[place].check = claim.check
+            judges[place].check, judges[place].has_examples = claim.check, False
             judges[place].settings = Settings(profile=asked.profile, seed=seed, seconds=float("inf"))
             result = judge(functions[claim.check], claim, lambda place=place: judges[place])  # type: ignore[misc]
             outcomes[result.outcome] += 1
             seconds[claim.check] += result.seconds
             examples += result.examples
-            if result.outcome not in ("pass", "unsupported"):
+            if result.outcome in ("pass", "unsupported"):
+                without_examples |= set() if judges[place].has_examples else {claim}
+            else:
                 print(f"ALARM seed {seed}  {claim}  {result.message}\n      --example '{json.dumps(result.example)}'")
     took = time.perf_counter() - started
     if asked.by_check:

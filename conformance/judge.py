@@ -206,10 +206,10 @@ class Judge:
         strategy: "SearchStrategy[Example]",
         test: Callable[[Example], None],
         first: Sequence[Example] = (),
-        share: int = 1,
+        cost: float = 1,
     ) -> None:
         """Put drawn examples to a property; see `search.search`."""
-        search.search(self, strategy, test, first, share)
+        search.search(self, strategy, test, first, cost)
 
     def each(self, examples: Iterable[Example], test: Callable[[Example], None]) -> None:
         """Put all of these examples to a property; see `search.each`."""

@@ -32,7 +32,7 @@ Example = dict[str, Any]
 Property = Callable[[Example], None]
 
 # Examples drawn for a claim, beside those that every run puts first.
-PROFILES = {"quick": 3, "ci": 25, "thorough": 200}
+PROFILES = {"quick": 2, "ci": 25, "thorough": 200}
 DEFAULT_PROFILE = "quick"
 DEFAULT_SEED = 0
 # How long a failing example is made smaller: runs of the property, and seconds.
@@ -83,11 +83,12 @@ class _Stop(BaseException):
 
 
 def search(
-    judge: "Judge", strategy: "SearchStrategy[Example]", test: Property, first: Sequence[Example] = (), share: int = 1
+    judge: "Judge", strategy: "SearchStrategy[Example]", test: Property, first: Sequence[Example] = (), cost: float = 1
 ) -> None:
     """Put examples to a property: those of `first`, then drawn ones.
 
-    share: draw so many times fewer than the profile says, for properties that load several checkpoints an example.
+    cost: of an example, where an ordinary one calls a whole model a few times; of dearer ones fewer are drawn than the
+        profile says, of cheaper ones more.
     test: raises what a check raises (`Failure`, `Misbehaviour`, …) if the example breaks the property.
     Raises: what the property raised for the smallest example found, which is left in `judge.example`.
     """
@@ -103,7 +104,7 @@ def search(
         if (raised := runner.run(example)) is not None:
             judge.example = example
             raise raised
-    _hypothesis(runner, strategy, max(1, PROFILES[settings.profile] // share))
+    _hypothesis(runner, strategy, max(1, int(PROFILES[settings.profile] / cost)))
     if runner.smallest is not None:
         judge.example, raised = runner.smallest
         raise raised

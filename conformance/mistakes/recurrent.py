@@ -484,7 +484,8 @@ _DIRECTIONS = (
         fix="Take it at length − 1.", seen="bentrevett/pytorch-seq2seq#90, bentrevett/pytorch-pos-tagging#8",
     ),
     entry(
-        "rnn-lengths-ignored", ALL, Swap(REAL, instead(lambda t, lengths: None)),
+        "rnn-lengths-ignored", ALL, Swap(REAL, instead(lambda t, real: None)),
+        Swap(PADS, instead(lambda real, value: value)),
         what="lengths are accepted and not used.", why="Pads are no input.",
         shows="Only in rows shorter than the longest.",
         fix="Use them.", seen="bentrevett/pytorch-seq2seq#90",
@@ -492,6 +493,7 @@ _DIRECTIONS = (
     entry(
         "rnn-length-one-short", ALL,
         Swap(REAL, lambda original: lambda t, real: original(t, None if real is None else one_short(real))),
+        Swap(PADS, lambda original: lambda real, value: original(None if real is None else one_short(real), value)),
         what="A row's last real step is taken for padding.", why="Positions 0 … length − 1 are real.",
         shows="Only where lengths are given.", fix="t < length.",
     ),

@@ -36,7 +36,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -82,7 +82,7 @@ _CLOSED = frozenset(
             matmul mm bmm eq ne lt le gt ge __and__ __or__ __invert__ __getitem__ __setitem__ view reshape transpose
             permute unsqueeze squeeze expand contiguous flatten chunk split unbind clone detach to masked_fill
             repeat_interleave nonzero index_put index_add_ gather topk""",
-        torch: "add mul matmul bmm addmm where rsqrt cat stack softmax outer",
+        torch: "add mul matmul bmm addmm where rsqrt cat stack softmax outer empty zeros ones arange",
         functional: "linear embedding silu gelu relu softmax layer_norm",
     }.items()
     for name in names.split()
@@ -164,6 +164,10 @@ class _LeakedTensors:
 
     def promote(self, tensor: Tensor) -> None:
         """Make this very object double, as `Module.double()` does with a parameter."""
+        with _past_dispatch(tensor):
+            self._promote(tensor)
+
+    def _promote(self, tensor: Tensor) -> None:
         original = tensor.data
         if tensor.layout is not torch.strided:
             tensor.data = original.to(PROMOTED[original.dtype])
@@ -181,18 +185,18 @@ class _LeakedTensors:
 
     def restore(self) -> None:
         """Give back what was only read.  A promoted storage that was written to stays double: nothing is rounded."""
-        unchanged = {key for key, (before, now) in self._storages.items() if _same_bits(before.to(now.dtype), now)}
-        for reference, original, key in self._tensors:
-            tensor = reference()
-            if tensor is not None and key in unchanged and tensor.dtype is PROMOTED[original.dtype]:
+        alive = [(tensor, original, key) for ref, original, key in self._tensors if (tensor := ref()) is not None]
+        unchanged = {key for key in {key for _, _, key in alive} if _unchanged(*self._storages[key])}
+        for tensor, original, key in alive:
+            if key in unchanged and tensor.dtype is PROMOTED[original.dtype]:
                 tensor.data = original
         self._storages.clear()
         self._tensors.clear()
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equality that holds for NaN too."""
-    return torch.equal(a.view(torch.int64), b.view(torch.int64))
+def _unchanged(before: Tensor, now: Tensor) -> bool:
+    """Whether a storage's double values still are what it held before, bit for bit, NaN too; on meta it holds none."""
+    return before.is_meta or torch.equal(before.to(now.dtype).view(torch.int64), now.view(torch.int64))
 
 
 class _Functions(TorchFunctionMode):
@@ -211,7 +215,8 @@ class _Functions(TorchFunctionMode):
         closed = func in _CLOSED
         if not (closed and _ready(args) and _ready(kwargs.values())):
             if _keeps_dtype(func, args, kwargs):
-                return func(*args, **kwargs)
+                with _past_dispatch(args[0]) if args else nullcontext():
+                    return func(*args, **kwargs)
             if self._promote_all(args):
                 args = tuple([_double(value) for value in args])
             if kwargs and self._promote_all(kwargs.values()):
@@ -281,6 +286,12 @@ def _keeps_dtype(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 def _nobody_else_looks() -> bool:
     """Whether `_Operations` is the only dispatch mode, and autocast does not ask for low precision in its place."""
     return torch._C._len_torch_dispatch_stack() == 1 and not torch._C._is_any_autocast_enabled()
+
+
+def _past_dispatch(value: Any) -> AbstractContextManager[None]:
+    """Where operations on a value go past `_Operations`, unless it has a dispatch of its own or somebody else looks."""
+    plain = not isinstance(value, Tensor) or type(value) in (Tensor, Parameter)
+    return torch._C._DisableTorchDispatch() if plain and _nobody_else_looks() else nullcontext()
 
 
 def _ready(values: Iterable[Any]) -> bool:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from conformance.implementation import Candidate, Session
     from conformance.judge import Judge
 
-# No text is longer, though a model without a table of positions knows no end.
-MOST_TOKENS = 128
+# No text is longer; and what the longest text is of a model that knows no end.
+MOST_TOKENS, WITHOUT_AN_END = 128, 64
 # Texts are this long at most, unless a window asks for more, so that an example is run in a few milliseconds.
 USUAL_TOKENS = 12
 # Windows that texts can outgrow.
@@ -58,7 +58,7 @@ def one_layer(judge: "Judge", embeddings: "Tensor", layer: int) -> "Candidate":
 
 def longest(judge: "Judge") -> int:
     """The most tokens that a text may have: the rows of the position table, if it is not larger than `MOST_TOKENS`."""
-    rows: int = judge.case.config.get(family(judge).positions_key, MOST_TOKENS)
+    rows: int = judge.case.config.get(family(judge).positions_key, WITHOUT_AN_END)
     return min(rows, MOST_TOKENS)
 
 

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from conformance.judge import Judge
     from conformance.search import Example
 
+# Of an example, see `search`: a component is called in a fraction of a model's time.
+COST = 1 / 4
+
 
 def calls_agree(judge: "Judge", check: str) -> None:
     """Put the component's relation of that check to the candidate, on drawn inputs."""
@@ -35,7 +38,7 @@ def calls_agree(judge: "Judge", check: str) -> None:
             judge.same(got[name], wanted[name], f"{name}: two calls that must agree do not")
 
     numbers = {key: st.integers(*between) for key, between in relation.draws.items()}
-    judge.search(st.fixed_dictionaries({"inputs": SEEDS, **numbers}), holds)
+    judge.search(st.fixed_dictionaries({"inputs": SEEDS, **numbers}), holds, cost=COST)
 
 
 def drawn_call(judge: "Judge", seed: int) -> "dict[str, Tensor]":
@@ -66,4 +69,4 @@ def pieces_agree(judge: "Judge") -> None:
         for name, value in whole.items():
             judge.same(pieces[name], value, f"{name} of a sequence in pieces differs from the whole one's")
 
-    judge.search(st.fixed_dictionaries({"inputs": SEEDS, "plan": plan_of(seq)}), holds)
+    judge.search(st.fixed_dictionaries({"inputs": SEEDS, "plan": plan_of(seq)}), holds, cost=COST)

@@ -1,6 +1,7 @@
 """Gradients: what backward gives is the slope that the loss really has."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from conformance import bounds, draws
@@ -20,8 +21,8 @@ ROWS, TOKENS = 2, 7
 # A direction's steps, the first one first.  Weights are integers times a power of two, below 2^8 of it; so is a
 # direction, and a step of it is added in float32 without rounding.
 STEPS = (2.0**-13, 2.0**-16)
-# What routers add to the loss.
-AUXILIARY = ("aux_loss", "z_loss")
+# Losses of a call by name: the mean cross-entropy of the next tokens, and what routers add to it.
+CROSS_ENTROPY, AUXILIARY = "loss", ("aux_loss", "z_loss")
 
 
 def test_directions(judge: "Judge") -> None:
@@ -32,12 +33,12 @@ def test_directions(judge: "Judge") -> None:
     what either loss may be off in float64 (see docs/bounds.md), divided by h.  Where a kink or another choice of
     experts lies between the checkpoints a shorter step decides.
     """
-    _check_slopes(judge, sorted(judge.case.weights.keys() - drawn.properties(judge).untrained))
+    _check_slopes(judge, sorted(judge.case.weights.keys() - drawn.properties(judge).untrained), [CROSS_ENTROPY])
 
 
 def test_tied(judge: "Judge") -> None:
     """The gradient of a table that is embedding and head at once is the sum of both; the direction is in it alone."""
-    _check_slopes(judge, [drawn.table(judge)])
+    _check_slopes(judge, [drawn.table(judge)], [CROSS_ENTROPY])
 
 
 def test_auxiliary(judge: "Judge") -> None:
@@ -53,8 +54,7 @@ def test_auxiliary(judge: "Judge") -> None:
     found = [name for name in AUXILIARY if name in losses]
     if not found:
         raise Unsupported(f"the model returns no {' and no '.join(AUXILIARY)}")
-    for name in found:
-        _check_slopes(judge, names, name)
+    _check_slopes(judge, names, found)
 
 
 def test_memory(judge: "Judge") -> None:
@@ -108,8 +108,8 @@ def _forget(parameters: "dict[str, Tensor]") -> None:
         parameter.grad = None
 
 
-def _check_slopes(judge: "Judge", names: list[str], loss: str = "") -> None:
-    """loss: the name of an auxiliary one; empty for the cross-entropy."""
+def _check_slopes(judge: "Judge", names: list[str], losses: Sequence[str]) -> None:
+    """Of each of these losses, along directions of the named parameters."""
     from hypothesis import strategies as st
 
     parameters = judge.candidate.parameters(names)
@@ -119,17 +119,21 @@ def _check_slopes(judge: "Judge", names: list[str], loss: str = "") -> None:
     def holds(example: "Example") -> None:
         text = drawn.text(judge, example["ids"], ROWS, TOKENS)
         direction = {name: _direction(judge, example["other"], name) for name in names}
-        slope = _slope_by_gradient(judge, parameters, direction, text, loss)
-        found = []
+        slopes = {loss: _slope_by_gradient(judge, parameters, direction, text, loss) for loss in losses}
+        found: dict[str, list[str]] = {loss: [] for loss in losses}
         for step in STEPS:
-            difference, bound = _slope_by_difference(judge, direction, text, step, loss)
-            if abs(slope - difference) <= bound:
+            for loss, (difference, bound) in _slopes_by_difference(judge, direction, text, step, list(found)).items():
+                if abs(slopes[loss] - difference) <= bound:
+                    del found[loss]
+                else:
+                    found[loss].append(f"{difference:.9g} ± {bound:.1g} in steps of {step:.1g}")
+            if not found:
                 return
-            found.append(f"{difference:.9g} ± {bound:.1g} in steps of {step:.1g}")
-        raise Misbehaviour("slope", f"by the gradient the {loss or 'loss'} rises by {slope:.9g} along a direction, "
-                           f"by differences by {', '.join(found)}")  # fmt: skip
+        loss, differences = next(iter(found.items()))
+        raise Misbehaviour("slope", f"by the gradient the {loss} rises by {slopes[loss]:.9g} along a direction, "
+                           f"by differences by {', '.join(differences)}")  # fmt: skip
 
-    judge.search(st.fixed_dictionaries({"ids": SEEDS, "other": SEEDS}), holds, share=4)
+    judge.search(st.fixed_dictionaries({"ids": SEEDS, "other": SEEDS}), holds, cost=4)
 
 
 def _direction(judge: "Judge", seed: int, name: str) -> "Tensor":
@@ -147,7 +151,7 @@ def _slope_by_gradient(
 ) -> float:
     _forget(parameters)
     with judge.precision(gradients=True):
-        value = _loss(judge.candidate, text, loss)
+        value = _losses(judge.candidate, text, [loss])[loss]
         if not value.requires_grad:
             return 0.0
         with running("backward()"):
@@ -162,30 +166,35 @@ def _slope_by_gradient(
     return float(sum(slopes))
 
 
-def _slope_by_difference(
-    judge: "Judge", direction: "dict[str, Tensor]", text: drawn.Text, step: float, name: str
-) -> tuple[float, float]:
-    """D(h), and how far the true slope may be from it."""
+def _slopes_by_difference(
+    judge: "Judge", direction: "dict[str, Tensor]", text: drawn.Text, step: float, losses: Sequence[str]
+) -> dict[str, tuple[float, float]]:
+    """D(h) of each loss, and how far its true slope may be from it."""
 
-    def at(distance: float) -> float:
+    def at(distance: float) -> dict[str, float]:
         weights = {name: weight + distance * direction[name] if name in direction else weight
                    for name, weight in judge.case.weights.items()}  # fmt: skip
         other = judge.load_other(judge.case.config, weights)
         with judge.precision():
-            return float(_loss(other, text, name))
+            return {loss: float(value) for loss, value in _losses(other, text, losses).items()}
 
-    loss = {times: at(times * step) for times in (-2, -1, 1, 2)}
-    once, twice = (loss[1] - loss[-1]) / (2 * step), (loss[2] - loss[-2]) / (4 * step)
-    rounding = bounds.SEMANTIC * max(abs(value) for value in loss.values()) / step
-    return once, abs(twice - once) + rounding
+    places = {times: at(times * step) for times in (-2, -1, 1, 2)}
+    slopes = {}
+    for loss in losses:
+        value = {times: found[loss] for times, found in places.items()}
+        once, twice = (value[1] - value[-1]) / (2 * step), (value[2] - value[-2]) / (4 * step)
+        rounding = bounds.SEMANTIC * max(abs(one) for one in value.values()) / step
+        slopes[loss] = once, abs(twice - once) + rounding
+    return slopes
 
 
-def _loss(candidate: "Candidate", text: drawn.Text, name: str) -> "Tensor":
-    """An auxiliary loss by its name; mean next-token cross-entropy without one."""
+def _losses(candidate: "Candidate", text: drawn.Text, losses: Sequence[str]) -> "dict[str, Tensor]":
+    """The named losses of one call, the cross-entropy computed here from its logits."""
     import torch
 
-    if name:
-        return candidate(**text.arguments(), labels=text.ids).losses[name]
+    if CROSS_ENTROPY not in losses:
+        found = candidate(**text.arguments(), labels=text.ids).losses
+        return {loss: found[loss] for loss in losses}
     logits, ids = candidate(**text.arguments()).logits, text.ids
     following = ids[:, 1:].to(logits.device)
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), following.flatten())
+    return {CROSS_ENTROPY: torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), following.flatten())}

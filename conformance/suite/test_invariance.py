@@ -1,5 +1,6 @@
 """Invariances of the maths: what may change in a checkpoint or in its input without any effect."""
 
+import functools
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ from conformance.suite import drawn
 from conformance.suite.related import calls_agree
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from conformance.families import Family
     from conformance.implementation import Candidate
     from conformance.judge import Judge
@@ -131,14 +134,18 @@ def test_absent(judge: "Judge") -> None:
         and _fits(family, config | {name: default}, shapes)
     ]
 
+    text = drawn.text(judge, 0, 2, drawn.usual(judge))
+
+    @functools.cache
+    def logits(said: str) -> "Tensor":
+        if said == json.dumps(config):
+            return drawn.logits(judge, text)
+        return drawn.logits_of(judge, judge.load_other(json.loads(said), judge.case.weights), text)
+
     def holds(example: "Example") -> None:
         name = example["field"]
         without = {key: value for key, value in config.items() if key != name}
-        text = drawn.text(judge, 0, 2, drawn.usual(judge))
-        stated, absent = (
-            drawn.logits_of(judge, judge.load_other(c, judge.case.weights), text)
-            for c in (config | {name: defaults[name]}, without)
-        )
+        stated, absent = (logits(json.dumps(said)) for said in (config | {name: defaults[name]}, without))
         judge.same(absent, stated, f"logits without {name} differ from those with {name} at {defaults[name]!r}")
 
     judge.each([{"field": name} for name in names], holds)

@@ -1,11 +1,12 @@
 """Sensitivity: every weight of a checkpoint has an effect, so that none is silently not loaded."""
 
 import copy
+import itertools
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from conformance import draws
-from conformance.families import get
 from conformance.implementation import Misbehaviour
 from conformance.suite import drawn
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 # Short texts in many rows: enough tokens for most experts, in few steps of a recurrence.
 ROWS, LENGTH = 24, 3
-# Kinds of tensors that the profile `quick` tries.
-QUICK_KINDS = 20
+# Kinds of tensors that the profile `quick` tries in a family's first case, and at least in a further one.
+QUICK_KINDS, QUICK_KINDS_AGAIN = 20, 6
 # Texts that are tried before a tensor counts as without effect: an expert may get no token of a text.
 TEXTS = 8
 # What numbers that could be taken for integers are moved by; exact in binary.
@@ -29,10 +30,11 @@ def test_weights(judge: "Judge") -> None:
     """When any one tensor of the checkpoint is drawn anew, the logits move.
 
     The profile `quick` tries one tensor of each kind (names that differ in numbers alone are a kind), of 20 kinds at
-    most; `ci` and `thorough` try all tensors.  A tensor that provably may change without effect is named in the
-    family's file, with the reason; the logits must then not move.
+    most, and in a family's second case the kinds that the first one lacks, 6 at least; `ci` and `thorough` try all
+    tensors.  A tensor that provably may change without effect is named in the family's file, with the reason; the
+    logits must then not move.
     """
-    family, case = get(case_family := judge.case.family), judge.case
+    family, case = drawn.family(judge), judge.case
     before: dict[int, Tensor] = {}
 
     def logits_before(seed: int) -> "Tensor":
@@ -42,9 +44,7 @@ def test_weights(judge: "Judge") -> None:
 
     def holds(example: "Example") -> None:
         name = example["tensor"]
-        changed = draws.tensor(
-            f"property/{case_family}/{example['other']}", name, case.weights[name].shape, family.module_kinds
-        )
+        changed = draws.tensor(f"property/{case.family}", name, case.weights[name].shape, family.module_kinds)
         other = judge.load_other(case.config, case.weights | {name: changed})
         unmoved = drawn.properties(judge).unmoved
         reason = next((why for pattern, why in unmoved.items() if re.search(pattern, name)), None)
@@ -57,7 +57,7 @@ def test_weights(judge: "Judge") -> None:
         if reason is not None and moved:
             raise Misbehaviour("effect", f"the logits move when {name} is drawn anew; they must not: {reason}")
 
-    judge.each([{"tensor": name, "other": judge.settings.seed} for name in _chosen(judge)], holds)
+    judge.each([{"tensor": name} for name in _chosen(judge)], holds)
 
 
 def test_fractions(judge: "Judge") -> None:
@@ -93,13 +93,34 @@ def _rotary(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _chosen(judge: "Judge") -> list[str]:
-    """Names of tensors, all or one of each kind."""
-    kinds: dict[str, list[str]] = {}
-    for name in judge.case.weights:
-        kinds.setdefault(re.sub(r"\d+", "N", name), []).append(name)
+    """Names of tensors: all, or of the profile `quick` one of each chosen kind."""
     if judge.settings.profile != "quick":
-        return [name for names in kinds.values() for name in names]
-    seed = judge.settings.seed
+        return list(judge.case.weights)
+    kinds, seed = _kinds(judge.case.weights), judge.settings.seed
+    before = list(
+        itertools.takewhile(lambda case: not judge.case.name.endswith(f"/{case}"), drawn.properties(judge).cases)
+    )
+    family = drawn.family(judge)
+    known = {
+        kind
+        for recipe in family.recipes
+        if recipe.name.split("/")[1] in before
+        for kind in _kinds(family.tensor_shapes(recipe.config))
+    }
     order = draws.integers(f"property/kinds/{seed}", len(kinds), 0, 2**16 - 1).argsort(stable=True)
-    chosen = [list(kinds)[place] for place in sorted(order[:QUICK_KINDS].tolist())]
-    return [kinds[kind][int(draws.integers(f"property/{kind}/{seed}", 1, 0, len(kinds[kind]) - 1))] for kind in chosen]
+    shuffled = [list(kinds)[place] for place in order.tolist()]
+    new = [kind for kind in shuffled if kind not in known][:QUICK_KINDS]
+    again = [kind for kind in shuffled if kind in known][: max(0, QUICK_KINDS_AGAIN - len(new))]
+    return [
+        names[int(draws.integers(f"property/{kind}/{seed}", 1, 0, len(names) - 1))]
+        for kind, names in kinds.items()
+        if kind in new + again
+    ]
+
+
+def _kinds(names: "Iterable[str]") -> dict[str, list[str]]:
+    """Names of tensors by kind: those that differ in numbers alone are of one."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "N", name), []).append(name)
+    return kinds

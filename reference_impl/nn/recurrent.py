@@ -171,14 +171,16 @@ def scan(
     outputs: dict[int, Tensor] = {}
     gates: dict[int, Gates] = {}
     for t in time_order(len(projected), reverse):
-        new, gate = step(projected[t], state, weight_hh, bias_hh)
-        rows = real_rows(t, real)
-        outputs[t] = zero_at_pads(rows, new[0])
-        gates[t] = {name: zero_at_pads(rows, value) for name, value in gate.items()}
-        state = advance(rows, state, new)
+        new, gates[t] = step(projected[t], state, weight_hh, bias_hh)
+        outputs[t] = new[0]
+        state = advance(real_rows(t, real), state, new)
+
+    def all_steps(values: list[Tensor]) -> Tensor:
+        return zero_at_pads(real, torch.stack(values, dim=1))
+
     order = range(len(projected))
-    by_name = {name: torch.stack([gates[t][name] for t in order], dim=1) for name in gates[0]}
-    return torch.stack([outputs[t] for t in order], dim=1), state, by_name
+    by_name = {name: all_steps([gates[t][name] for t in order]) for name in gates[0]}
+    return all_steps([outputs[t] for t in order]), state, by_name
 
 
 def time_order(seq: int, reverse: bool) -> range:
@@ -196,8 +198,9 @@ def real_rows(t: int, real: Tensor | None) -> Tensor | None:
     return None if real is None else real[:, t, None]
 
 
-def zero_at_pads(rows: Tensor | None, value: Tensor) -> Tensor:
-    return value if rows is None else torch.where(rows, value, 0.0)
+def zero_at_pads(real: Tensor | None, value: Tensor) -> Tensor:
+    """Values (B, T, H), zero where no real position is."""
+    return value if real is None else torch.where(real[..., None], value, 0.0)
 
 
 def advance(rows: Tensor | None, old: State, new: State) -> State:

@@ -41,10 +41,10 @@ def test_profile_says_how_many_examples_are_drawn(profile: str) -> None:
     assert len(seen(NUMBERS, profile=profile)) == search.PROFILES[profile]
 
 
-def test_share_draws_fewer_and_at_least_one() -> None:
-    for share, wanted in ((5, 5), (1000, 1)):
+def test_of_dear_examples_fewer_are_drawn_but_one_and_of_cheap_ones_more() -> None:
+    for cost, wanted in ((5, 5), (1000, 1), (1 / 4, 100)):
         found: list[Example] = []
-        search.search(judge(profile="ci"), NUMBERS, found.append, share=share)
+        search.search(judge(profile="ci"), NUMBERS, found.append, cost=cost)
         assert len(found) == wanted
 
 

@@ -541,6 +541,10 @@ CLOSED |= {
     "torch.stack": [lambda: torch.stack([X, X])],
     "torch.softmax": [lambda: torch.softmax(X, -1), lambda: torch.softmax(WHOLE, -1, dtype=torch.float64)],
     "torch.outer": [lambda: torch.outer(X[0, 0], Y[0, 0])],
+    "torch.empty": [lambda: torch.empty(2, 3), lambda: torch.empty((2,), dtype=torch.float64)],
+    "torch.zeros": [lambda: torch.zeros(2, 3), lambda: torch.zeros(2, dtype=torch.int64)],
+    "torch.ones": [lambda: torch.ones(2, 3), lambda: torch.ones(2, dtype=torch.bool)],
+    "torch.arange": [lambda: torch.arange(3), lambda: torch.arange(0, 1, 0.25)],
     "F.linear": [lambda: F.linear(X, Y[0].T, Y[0, 0]), lambda: F.linear(X[0], Y[0].T)],
     "F.embedding": [lambda: F.embedding(INDEX, X[0], padding_idx=0)],
     "F.silu": [lambda: F.silu(X)],
@@ -598,6 +602,13 @@ def test_every_function_that_goes_past_the_dispatch_mode_is_tried() -> None:
             for call in calls:
                 call()
     assert not true_double._CLOSED - called.functions
+
+
+def test_a_tensor_without_memory_may_come_from_outside() -> None:
+    outside = torch.empty(2, 3, device="meta")
+    with TrueDouble():
+        assert (outside + 1).dtype is torch.float64
+    assert outside.dtype is torch.float32
 
 
 def test_autocast_is_overruled() -> None:
