@@ -46,8 +46,10 @@ draws the inputs, and makes one that breaks a property small; what it draws foll
 | `thorough` | 200 | a release |
 
 Of a component four times as many are drawn; where one example loads four checkpoints, a quarter. Beside the drawn ones
-each check puts a few examples first that have caught mistakes before (a single token, calls of the window's size). What
-the properties of each family take: `python benchmarks/properties.py reference`. A failure names the smallest example found, and the command that repeats it:
+each check puts a few examples first that have caught mistakes before (a single token, calls of the window's size).
+`python benchmarks/properties.py reference` measures what the properties of each family take.
+
+A failure names the smallest example found, and the command that repeats it:
 
     FAIL  gpt2/plain · batching.padding · float64    error 1.3e+00   bound 1e-10
           logits in a batch padded on the left differ from those without padding   [tokens of each row: 3, 1, 5, …]
