@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits leaves its core to other processes
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
@@ -31,6 +32,8 @@ from conformance.suite import checks
 
 # Checkpoints that a check makes of its case, kept for the next seed.
 KEPT = 64
+# After so many seeds it is said how far the run has come.
+REPORTED = 50
 
 
 class Keeping(Judge):
@@ -130,6 +133,8 @@ def count_alarms(implementation: Implementation, asked: argparse.Namespace) -> i
                 without_examples |= set() if judges[place].has_examples else {claim}
             else:
                 print(f"ALARM seed {seed}  {claim}  {result.message}\n      --example '{json.dumps(result.example)}'")
+        if (seed + 1 - asked.first) % REPORTED == 0:
+            print(f"… seed {seed}: {dict(outcomes)}", flush=True)
     took = time.perf_counter() - started
     if asked.by_check:
         for check, spent in sorted(seconds.items(), key=lambda item: -item[1]):

@@ -45,7 +45,7 @@ draws the inputs, and makes one that breaks a property small; what it draws foll
 | `ci` | 25 | a pull request |
 | `thorough` | 200 | a release |
 
-Of a component four times as many are drawn; where one example loads four checkpoints, a quarter. Beside the drawn ones
+Of a component twice as many are drawn; where one example loads four checkpoints, a quarter. Beside the drawn ones
 each check puts a few examples first that have caught mistakes before (a single token, calls of the window's size).
 `python benchmarks/properties.py reference` measures what the properties of each family take.
 

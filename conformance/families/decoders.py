@@ -109,22 +109,21 @@ def block_checkpoint(
     """A one-layer checkpoint that feeds `block_input` (batch, seq, hidden) to block `layer` alone.
 
     Its embedding table is the block's input, one row a token of the batch, so that arange(batch · seq) as ids looks
-    it up; block `layer` becomes layer 0; the norm called `final_norm` and the head are kept, the head cut to as many
-    rows as there are ids.
+    it up; block `layer` becomes layer 0; the norm called `final_norm` and the head are kept, the head with as many rows
+    as there are ids: the first ones, or all of them over and over.
     """
+    import torch
+
     rows = block_input.flatten(0, 1)
     head = {"lm_head.weight": weights.get("lm_head.weight", weights["model.embed_tokens.weight"])}
     if "lm_head.bias" in weights:
         head["lm_head.bias"] = weights["lm_head.bias"]
-    vocab = len(head["lm_head.weight"])
-    if len(rows) > vocab:
-        raise ValueError(f"{len(rows)} block inputs need a vocabulary of as many, the case has {vocab}")
     one = {
         name.replace(f"layers.{layer}.", "layers.0."): tensor
         for name, tensor in weights.items()
         if f"layers.{layer}." in name or name.startswith(f"{final_norm}.")
     }
-    one |= {name: tensor[: len(rows)].contiguous() for name, tensor in head.items()}
+    one |= {name: tensor[torch.arange(len(rows)) % len(tensor)] for name, tensor in head.items()}
     one |= {"model.embed_tokens.weight": rows.contiguous()}
     return config | {"num_hidden_layers": 1, "vocab_size": len(rows), "tie_word_embeddings": False}, one
 

@@ -55,7 +55,8 @@ def one_block(
 
     Its embedding table (`table`) is the block's input, one row a token of the batch, so that arange(batch · seq) as ids
     looks it up; its position table (`positions`) is zero.  Block `layer` becomes layer 0; the tensors named in `kept`
-    stay.  A tied head stays tied, to the new table; a head of its own is cut to as many rows as there are ids.
+    stay.  A tied head stays tied, to the new table; a head of its own gets as many rows as there are ids: the first
+    ones, or all of them over and over.
     """
     import torch
 
@@ -67,11 +68,7 @@ def one_block(
     }
     one |= {table: rows.contiguous(), positions: torch.zeros_like(weights[positions])}
     if "lm_head.weight" in weights:
-        if len(rows) > config["vocab_size"]:
-            raise ValueError(
-                f"{len(rows)} block inputs need a vocabulary of as many, the case has {config['vocab_size']}"
-            )
-        one["lm_head.weight"] = weights["lm_head.weight"][: len(rows)].contiguous()
+        one["lm_head.weight"] = weights["lm_head.weight"][torch.arange(len(rows)) % config["vocab_size"]]
     return config | {"n_layer": 1, "vocab_size": len(rows)}, one
 
 

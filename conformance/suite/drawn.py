@@ -1,17 +1,18 @@
 """What property checks share: drawn texts, how long they are, and a candidate run on them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from conformance import strategies
+from conformance import draws, strategies
 from conformance.implementation import Unsupported
 from conformance.suite.feeding import feed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from conformance.families import Family
+    from conformance.families import Config, Family
     from conformance.families.properties import Properties
     from conformance.implementation import Candidate, Session
     from conformance.judge import Judge
@@ -22,6 +23,8 @@ MOST_TOKENS, WITHOUT_AN_END = 128, 64
 USUAL_TOKENS = 12
 # Windows that texts can outgrow.
 WIDEST_WINDOW = 24
+# Of what an earlier case of the family has been asked, the profile `quick` asks so much again.
+AGAIN = 6
 # Tokens of the source that an encoder reads.
 SOURCE_TOKENS = 5
 
@@ -72,6 +75,26 @@ def usual(judge: "Judge") -> int:
     """The most tokens that ordinary examples have: more than three windows, where there is one."""
     widest = max((window for window in windows(judge) if window is not None), default=0)
     return min(longest(judge), max(USUAL_TOKENS, 3 * widest + 2))
+
+
+def tried(
+    judge: "Judge", names: Sequence[str], known: "Callable[[Config], Collection[str]]", most: int | None = None
+) -> list[str]:
+    """What a check tries of things that the cases of a family have in common, such as tensors: all of it.
+
+    In the profile `quick` what no earlier case of the family has, `most` at most; filled up to `AGAIN` with the rest.
+    Which ones they are follows from the seed.  known: what another case has, of its config.
+    """
+    if judge.settings.profile != "quick":
+        return list(names)
+    own, cases = judge.case.name.split("/")[1], properties(judge).cases
+    earlier = [recipe for recipe in family(judge).recipes if recipe.name.split("/")[1] in takewhile(own.__ne__, cases)]
+    before = {name for recipe in earlier for name in known(recipe.config)}
+    order = draws.integers(f"property/tried/{judge.settings.seed}", len(names), 0, 2**16 - 1).argsort(stable=True)
+    shuffled = sorted((names[place] for place in order.tolist()), key=before.__contains__)
+    new = len(set(names) - before)
+    chosen = set(shuffled[: min(max(new, AGAIN), most or len(names))])
+    return [name for name in names if name in chosen]
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------

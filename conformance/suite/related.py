@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from conformance.search import Example
 
 # Of an example, see `search`: a component is called in a fraction of a model's time.
-COST = 1 / 4
+COST = 1 / 2
 
 
 def calls_agree(judge: "Judge", check: str) -> None:

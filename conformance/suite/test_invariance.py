@@ -12,7 +12,7 @@ from conformance.suite.related import calls_agree
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from conformance.families import Family
+    from conformance.families import Config, Family
     from conformance.implementation import Candidate
     from conformance.judge import Judge
     from conformance.search import Example
@@ -118,22 +118,8 @@ def test_absent(judge: "Judge") -> None:
     of heads: their defaults need not divide the checkpoint's width.
     """
     family, config = drawn.family(judge), judge.case.config
-    shapes = {name: tuple(weight.shape) for name, weight in judge.case.weights.items()}
-    elsewhere = {name for value in config.values() if isinstance(value, dict) for name in value}
-    defaults = {}
-    for field in (field for field in family.fields if "heads" not in field.name):
-        try:
-            defaults[field.name] = json.loads(field.default)
-        except ValueError:  # words: what it is follows from other keys
-            continue
-    names = [
-        name
-        for name, default in defaults.items()
-        if name not in elsewhere
-        and not isinstance(config.get(name), dict)
-        and _fits(family, config | {name: default}, shapes)
-    ]
-
+    defaults = _defaults(family, config)
+    names = drawn.tried(judge, list(defaults), lambda other: _defaults(family, other))
     text = drawn.text(judge, 0, 2, drawn.usual(judge))
 
     @functools.cache
@@ -151,12 +137,29 @@ def test_absent(judge: "Judge") -> None:
     judge.each([{"field": name} for name in names], holds)
 
 
-def _fits(family: "Family", config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether a checkpoint of these shapes is one of this configuration."""
+def _defaults(family: "Family", config: "Config") -> dict[str, Any]:
+    """The defaults of the keys that may be left out of a configuration or stated in it: its tensors fit either."""
+    shapes = _shapes(family, config)
+    elsewhere = {name for value in config.values() if isinstance(value, dict) for name in value}
+    found = {}
+    for field in family.fields:
+        if "heads" in field.name or field.name in elsewhere or isinstance(config.get(field.name), dict):
+            continue
+        try:
+            default = json.loads(field.default)
+        except ValueError:  # words: what it is follows from other keys
+            continue
+        if _shapes(family, config | {field.name: default}) == shapes:
+            found[field.name] = default
+    return found
+
+
+def _shapes(family: "Family", config: "Config") -> dict[str, tuple[int, ...]] | None:
+    """The shapes of a configuration's tensors; None where there are none such."""
     try:
-        return {name: tuple(shape) for name, shape in family.tensor_shapes(config).items()} == shapes
+        return {name: tuple(shape) for name, shape in family.tensor_shapes(config).items()}
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
-        return False
+        return None
 
 
 def test_narrow_window(judge: "Judge") -> None:

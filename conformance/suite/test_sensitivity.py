@@ -1,7 +1,6 @@
 """Sensitivity: every weight of a checkpoint has an effect, so that none is silently not loaded."""
 
 import copy
-import itertools
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
 
 # Short texts in many rows: enough tokens for most experts, in few steps of a recurrence.
 ROWS, LENGTH = 24, 3
-# Kinds of tensors that the profile `quick` tries in a family's first case, and at least in a further one.
-QUICK_KINDS, QUICK_KINDS_AGAIN = 20, 6
+# Kinds of tensors that the profile `quick` tries at most.
+QUICK_KINDS = 20
 # Texts that are tried before a tensor counts as without effect: an expert may get no token of a text.
 TEXTS = 8
 # What numbers that could be taken for integers are moved by; exact in binary.
@@ -94,27 +93,13 @@ def _rotary(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _chosen(judge: "Judge") -> list[str]:
     """Names of tensors: all, or of the profile `quick` one of each chosen kind."""
+    kinds, seed = _kinds(judge.case.weights), judge.settings.seed
     if judge.settings.profile != "quick":
         return list(judge.case.weights)
-    kinds, seed = _kinds(judge.case.weights), judge.settings.seed
-    before = list(
-        itertools.takewhile(lambda case: not judge.case.name.endswith(f"/{case}"), drawn.properties(judge).cases)
-    )
-    family = drawn.family(judge)
-    known = {
-        kind
-        for recipe in family.recipes
-        if recipe.name.split("/")[1] in before
-        for kind in _kinds(family.tensor_shapes(recipe.config))
-    }
-    order = draws.integers(f"property/kinds/{seed}", len(kinds), 0, 2**16 - 1).argsort(stable=True)
-    shuffled = [list(kinds)[place] for place in order.tolist()]
-    new = [kind for kind in shuffled if kind not in known][:QUICK_KINDS]
-    again = [kind for kind in shuffled if kind in known][: max(0, QUICK_KINDS_AGAIN - len(new))]
+    shapes = drawn.family(judge).tensor_shapes
     return [
-        names[int(draws.integers(f"property/{kind}/{seed}", 1, 0, len(names) - 1))]
-        for kind, names in kinds.items()
-        if kind in new + again
+        kinds[kind][int(draws.integers(f"property/{kind}/{seed}", 1, 0, len(kinds[kind]) - 1))]
+        for kind in drawn.tried(judge, list(kinds), lambda config: _kinds(shapes(config)), QUICK_KINDS)
     ]
 
 

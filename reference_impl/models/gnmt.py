@@ -103,7 +103,7 @@ class Layer(LSTM):
         self.hidden, self.output = nn.Identity(), nn.Identity()
 
     def over(
-        self, x: Float[Tensor, "batch seq below"], real: Tensor, context: Tensor | None = None, state: State = ()
+        self, x: Float[Tensor, "batch seq below"], real: Tensor | None, context: Tensor | None = None, state: State = ()
     ) -> tuple[Float[Tensor, "batch seq hidden"], State]:
         """x^i from x^{i-1} and, in the decoder, the contexts; and the state, h and c, (B, H), after the last step."""
         read = x if context is None else with_context(x, context)
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
         return tuple(memory.new_zeros(shape, dtype=dtype) for _ in self.layers for _ in "hc")
 
     def forward(
-        self, ids: Int[Tensor, "batch target"], real: Bool[Tensor, "batch target"], source: Source, state: State
+        self, ids: Int[Tensor, "batch target"], real: Bool[Tensor, "batch target"] | None, source: Source, state: State
     ) -> tuple[Float[Tensor, "batch target vocab"], State]:
         words: Tensor = self.embedding(ids)  # (B, T, embedding)
         if not ids.shape[1]:
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
         return self.output(x), after
 
     def bottom(
-        self, words: Float[Tensor, "batch target embedding"], real: Tensor, source: Source, state: State
+        self, words: Float[Tensor, "batch target embedding"], real: Tensor | None, source: Source, state: State
     ) -> tuple[Float[Tensor, "batch target hidden"], Float[Tensor, "batch target annotation"], State]:
         """Step by step: search with the output of the step before, then step. Outputs, contexts, the last state."""
         layer: Any = self.layers[0]

@@ -178,7 +178,7 @@ class Decoder(nn.Module):
         return (s.to(torch.promote_types(s.dtype, torch.float32)),)
 
     def forward(
-        self, ids: Int[Tensor, "batch target"], real: Bool[Tensor, "batch target"], source: Source, state: State
+        self, ids: Int[Tensor, "batch target"], real: Bool[Tensor, "batch target"] | None, source: Source, state: State
     ) -> tuple[Float[Tensor, "batch target vocab"], State]:
         words: Tensor = self.embedding(ids)  # (B, T, m)
         if not ids.shape[1]:

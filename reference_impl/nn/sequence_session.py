@@ -1,7 +1,7 @@
 """Step-wise decoding with a recurrent decoder: the source is read once, and the state is carried from call to call.
 
 A decoder takes (ids, real, source, state) and returns (logits, state): ids (B, T), `real` true where an id is no
-padding (B, T), the state a tuple of tensors whose sizes do not depend on T.
+padding (B, T), None where all are, the state a tuple of tensors whose sizes do not depend on T.
 """
 
 import torch
@@ -52,6 +52,6 @@ def decode(
         raise ValueError("decoder_input_ids are missing: give what the decoder reads, its start token first")
     if len(ids) != len(source.memory):
         raise ValueError(f"decoder_input_ids have {len(ids)} rows and the source {len(source.memory)}: give as many")
-    real = masks.real_tokens(ids, attention_mask)
+    real = None if attention_mask is None else masks.real_tokens(ids, attention_mask)
     logits, state = decoder(ids, real, source, state)
     return logits, state

@@ -207,9 +207,11 @@ def test_block_checkpoint_has_the_input_for_a_table_and_the_models_norm_and_head
     assert block["model.norm.weight"].equal(weights["model.norm.weight"])
 
 
-def test_block_input_with_more_tokens_than_the_vocabulary_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ValueError, match="62 block inputs need a vocabulary of as many, the case has 61"):
-        FAMILY.block_checkpoint(DISTINCT.config, draw_weights(FAMILY, DISTINCT), torch.zeros(2, 31, 42), 0)
+def test_block_input_with_more_tokens_than_the_vocabulary_repeats_the_head() -> None:
+    weights = draw_weights(FAMILY, DISTINCT)
+    config, block = FAMILY.block_checkpoint(DISTINCT.config, weights, torch.zeros(2, 31, 42), 0)
+    assert config["vocab_size"] == 62
+    assert block["lm_head.weight"].equal(torch.cat([weights["lm_head.weight"], weights["lm_head.weight"][:1]]))
 
 
 # --- the registry ---------------------------------------------------------------------------------------------------

@@ -163,8 +163,9 @@ def test_the_number_of_a_block_alone_is_folded_into_its_queries(layer: int) -> N
         assert ours[..., 30:].equal(theirs[..., 30:])
 
 
-def test_a_block_of_its_own_head_needs_a_vocabulary_of_as_many_ids() -> None:
+def test_a_block_with_more_inputs_than_ids_repeats_its_own_head() -> None:
     recipe = RECIPES["gpt2/field-tie_word_embeddings"]
     weights = draw_weights(get("gpt2"), recipe)
-    with pytest.raises(ValueError, match="52 block inputs need a vocabulary of as many, the case has 47"):
-        get("gpt2").block_checkpoint(recipe.config, weights, torch.zeros(4, 13, 30), 0)
+    config, block = get("gpt2").block_checkpoint(recipe.config, weights, torch.zeros(4, 13, 30), 0)
+    assert config["vocab_size"] == 52
+    assert block["lm_head.weight"].equal(torch.cat([weights["lm_head.weight"], weights["lm_head.weight"][:5]]))
