@@ -32,7 +32,8 @@ MAX_BYTES = 2 << 30
 _aten = torch.ops.aten
 _VIEWS = {_aten._unsafe_view.default}
 _NOT_VIEWS = {_aten.lift_fresh.default, _aten._conj.default, _aten._neg_view.default}
-# What these return holds whatever was freed there, perhaps the very values of a probe: it counts once it is written to.
+# What these return holds whatever was freed there, perhaps the very values of a probe: it is made zero, and counts once
+# it is written to.
 _UNINITIALISED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
 
 
@@ -118,6 +119,8 @@ class _Observer(DispatchMode):
             if self._written and not effects.view:
                 self._read(args, effects)
             result = func(*args, **kwargs)
+            if effects.uninitialised:
+                result.zero_()
             if effects.writes:
                 self._wrote(args, kwargs, effects, result)
             if not effects.uninitialised and not (effects.view and _shows_the_same(args[0], result)):

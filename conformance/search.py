@@ -113,9 +113,12 @@ def search(
 def each(judge: "Judge", examples: Iterable[Example], test: Property) -> None:
     """Put every one of these examples to a property; the further ones that fail are named in the first one's details.
 
-    Raises: what the property raised for the first example that breaks it, which is left in `judge.example`.
+    Raises: what the property raised for the first example that breaks it, which is left in `judge.example`; Unsupported
+        if there is none to put.
     """
     examples, settings = list(examples), judge.settings
+    if not examples:
+        raise Unsupported("the checkpoint has nothing that this could be tried with")
     if settings.listing:
         raise Listed(examples)
     if settings.example is not None:

@@ -278,5 +278,6 @@ FAMILY = Family(
         windows=lambda config: (None,) * config["decoder_layers"],
         tied=lambda config: False,
         claims=EVERY | ENCODER_DECODER,
+        exceptions={"invariance.absent": "every key's default asks for other tensors than the cases have"},
     ),
 )

@@ -85,7 +85,7 @@ def tried(
     In the profile `quick` what no earlier case of the family has, `most` at most; filled up to `AGAIN` with the rest.
     Which ones they are follows from the seed.  known: what another case has, of its config.
     """
-    if judge.settings.profile != "quick":
+    if judge.settings.profile != "quick" or not names:
         return list(names)
     own, cases = judge.case.name.split("/")[1], properties(judge).cases
     earlier = [recipe for recipe in family(judge).recipes if recipe.name.split("/")[1] in takewhile(own.__ne__, cases)]

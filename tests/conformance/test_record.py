@@ -286,3 +286,16 @@ def test_recurrent_layer_is_recorded() -> None:
     with Recorder() as recorder:
         layer(x)
     assert holds(recorder, layer(x)[0].detach())
+
+
+def test_of_a_buffer_that_is_read_half_written_the_rest_is_zero() -> None:
+    """Not what was freed there, which may be the very values that are looked for; torch fills it with NaN here."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with Recorder() as recorder:
+            buffer = torch.empty(2, 8)
+            buffer[0] = 1.0
+            buffer * 2
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert recorder.tensors[-2].equal(torch.tensor([[1.0] * 8, [0.0] * 8], dtype=torch.float64))

@@ -48,6 +48,11 @@ def test_of_dear_examples_fewer_are_drawn_but_one_and_of_cheap_ones_more() -> No
         assert len(found) == wanted
 
 
+def test_nothing_to_try_is_no_pass() -> None:
+    with pytest.raises(Unsupported, match="nothing that this could be tried with"):
+        search.each(judge(), [], lambda example: None)
+
+
 def test_first_examples_come_first_and_are_not_drawn_again() -> None:
     first = [{"n": 5, "m": 5}, {"n": 0, "m": 0}]
     found = seen(NUMBERS, first)
