@@ -121,6 +121,8 @@ class Worker:
                 "HF_HUB_OFFLINE": "1",
                 SCRATCH: self._scratch.name,
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads())),
+                # Waiting threads that spin take the core from those they wait for, where others use the machine too.
+                "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
             }
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-X", "faulthandler", "-m", "conformance.worker",
