@@ -115,7 +115,8 @@ def test_absent(judge: "Judge") -> None:
     """A key of config.json whose value is the default may be left out, whatever the other keys say.
 
     Each key whose default does not ask for tensors of other shapes than the checkpoint has, one by one, but for numbers
-    of heads: their defaults need not divide the checkpoint's width.
+    of heads: their defaults need not divide the checkpoint's width.  The profile `quick` tries in a family's second
+    case those that the first one lacks, 6 at least.
     """
     family, config = drawn.family(judge), judge.case.config
     defaults = _defaults(family, config)
