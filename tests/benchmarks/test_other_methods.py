@@ -1,12 +1,11 @@
 """`benchmarks/other_methods.py`, and that docs/sharpness.md is what it writes."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmark_programs import program
 from conformance import mutation
 from conformance.implementation import adopt, resolve
 from conformance.mistakes import get
@@ -28,14 +27,7 @@ SAMPLE = (
 )
 
 
-def _benchmark():
-    spec = importlib.util.spec_from_file_location("other_methods", ROOT / "benchmarks" / "other_methods.py")
-    module = sys.modules["other_methods"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-other_methods = _benchmark()
+other_methods = program("other_methods")
 
 
 def _cells(text):

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from benchmarks.false_alarms import count_alarms
-from benchmarks.properties import seconds
+from benchmark_programs import program
 from conformance.implementation import adopt, resolve
+
+count_alarms = program("false_alarms").count_alarms
+seconds = program("properties").seconds
 
 
 def asked(**arguments: object) -> argparse.Namespace:
