@@ -21,9 +21,9 @@ from conformance.families import FAMILIES, get
 from conformance.search import DEFAULT_PROFILE, PROFILES
 
 
-def seconds(implementation: str, family: str, profile: str) -> dict[str, tuple[float, bool]]:
-    """What each check of a family took, over all of its claims, and whether it is a property."""
-    stated = {f"{family}/{recipe.name.split('/')[-1]}": recipe.claims for recipe in get(family).recipes}
+def seconds(implementation: str, family: str, profile: str) -> tuple[dict[str, float], float]:
+    """What the claims of each property of a family took, and what all others of it did."""
+    stated = {recipe.name: recipe.claims for recipe in get(family).recipes}
     with tempfile.TemporaryDirectory() as scratch:
         saved = Path(scratch, "run.json")
         done = subprocess.run(
@@ -34,12 +34,14 @@ def seconds(implementation: str, family: str, profile: str) -> dict[str, tuple[f
         if not saved.exists():
             raise SystemExit(done.stdout + done.stderr)
         claims = json.loads(saved.read_text())["claims"]
-    spent: defaultdict[str, float] = defaultdict(float)
-    kinds: dict[str, bool] = {}
+    properties: defaultdict[str, float] = defaultdict(float)
+    goldens = 0.0
     for claim in claims:
-        kinds[claim["check"]] = claim["check"] not in stated[claim["case"]]
-        spent[claim["check"]] += claim["seconds"]
-    return {check: (spent[check], kinds[check]) for check in spent}
+        if claim["check"] in stated[claim["case"]]:
+            goldens += claim["seconds"]
+        else:
+            properties[claim["check"]] += claim["seconds"]
+    return properties, goldens
 
 
 @click.command(help=__doc__)
@@ -49,23 +51,22 @@ def seconds(implementation: str, family: str, profile: str) -> dict[str, tuple[f
 @click.option("--profile", type=click.Choice(list(PROFILES)), default=DEFAULT_PROFILE, show_default=True)
 @click.option("--by-check", is_flag=True, help="Print where the time goes.")
 def main(implementation: str, families: tuple[str, ...], runs: int, profile: str, by_check: bool) -> None:
-    taken: defaultdict[str, list[dict[str, tuple[float, bool]]]] = defaultdict(list)
+    taken: defaultdict[str, list[tuple[dict[str, float], float]]] = defaultdict(list)
     for _ in range(runs):
         for family in families or FAMILIES:
             taken[family].append(seconds(implementation, family, profile))
     print(f"{'family':<26} {'properties':>10} {'goldens':>10}   seconds, median of {runs}, profile {profile}")
-    for family, found in sorted(taken.items(), key=lambda item: -_median(item[1], True)):
-        print(f"{family:<26} {_median(found, True):10.2f} {_median(found, False):10.2f}")
+    lines = [
+        (statistics.median(sum(properties.values()) for properties, _ in found), family)
+        for family, found in taken.items()
+    ]
+    for spent, family in sorted(lines, reverse=True):
+        found = taken[family]
+        print(f"{family:<26} {spent:10.2f} {statistics.median(goldens for _, goldens in found):10.2f}")
         if by_check:
-            of_check = {
-                c: statistics.median(run[c][0] for run in found) for c, (_, is_one) in found[0].items() if is_one
-            }
-            for check, spent in sorted(of_check.items(), key=lambda item: -item[1]):
-                print(f"    {check:<32} {spent:6.2f}")
-
-
-def _median(runs: list[dict[str, tuple[float, bool]]], properties: bool) -> float:
-    return statistics.median(sum(spent for spent, is_one in run.values() if is_one == properties) for run in runs)
+            of_check = {check: statistics.median(run[check] for run, _ in found) for check in found[0][0]}
+            for check, its_own in sorted(of_check.items(), key=lambda item: -item[1]):
+                print(f"    {check:<32} {its_own:6.2f}")
 
 
 if __name__ == "__main__":

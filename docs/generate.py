@@ -41,12 +41,13 @@ draws the inputs, and makes one that breaks a property small; what it draws foll
 
 | profile | drawn examples a claim | for |
 | --- | --- | --- |
-| `quick` (default) | 2 | every run: at most 3 seconds a family |
+| `quick` (default) | 2 | every run: at most 3 seconds a family on a quiet machine |
 | `ci` | 25 | a pull request |
 | `thorough` | 200 | a release |
 
-Of a component twice as many are drawn; where one example loads four checkpoints, a quarter. Beside the drawn ones
-each check puts a few examples first that have caught mistakes before (a single token, calls of the window's size).
+Of a component twice as many are drawn; where one example loads four checkpoints, a quarter, and one at least. Beside
+the drawn ones each check puts a few examples first that have caught mistakes before (a single token, calls of the
+window's size).
 `python benchmarks/properties.py reference` measures what the properties of each family take.
 
 A failure names the smallest example found, and the command that repeats it:

@@ -215,7 +215,7 @@ class _Functions(TorchFunctionMode):
         closed = func in _CLOSED
         if not (closed and _ready(args) and _ready(kwargs.values())):
             if _keeps_dtype(func, args, kwargs):
-                with _past_dispatch(args[0]) if args else nullcontext():
+                with _past_dispatch(args[0] if args else None):
                     return func(*args, **kwargs)
             if self._promote_all(args):
                 args = tuple([_double(value) for value in args])

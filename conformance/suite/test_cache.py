@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # How many tokens are decoded one at a time after a prefill.
 DECODED = 4
+# What two sessions are tried with first.
+TWO_TEXTS = ({"ids": 0, "other": 10_000, "plan": [2, 1]},)
 
 
 def test_prefill_decode(judge: "Judge") -> None:
@@ -135,7 +137,7 @@ def test_fresh_session(judge: "Judge") -> None:
         what = "logits of a second session differ from a full forward's"
         judge.same(drawn.fed(judge, plan, other), drawn.logits(judge, other), what)
 
-    judge.search(interleaved(drawn.usual(judge)), holds, [{"ids": 0, "other": 10_000, "plan": [2, 1]}])
+    judge.search(interleaved(drawn.usual(judge)), holds, TWO_TEXTS)
 
 
 def test_interleaved(judge: "Judge") -> None:
@@ -155,7 +157,7 @@ def test_interleaved(judge: "Judge") -> None:
             what = "logits of two sessions fed in turns differ from full forwards'"
             judge.same(torch.cat(pieces, dim=1), drawn.logits(judge, text), what)
 
-    judge.search(interleaved(drawn.usual(judge)), holds, [{"ids": 0, "other": 10_000, "plan": [2, 1]}])
+    judge.search(interleaved(drawn.usual(judge)), holds, TWO_TEXTS)
 
 
 def test_ragged_plan(judge: "Judge") -> None:

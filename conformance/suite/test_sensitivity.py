@@ -93,9 +93,9 @@ def _rotary(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _chosen(judge: "Judge") -> list[str]:
     """Names of tensors: all, or of the profile `quick` one of each chosen kind."""
-    kinds, seed = _kinds(judge.case.weights), judge.settings.seed
     if judge.settings.profile != "quick":
         return list(judge.case.weights)
+    kinds, seed = _kinds(judge.case.weights), judge.settings.seed
     shapes = drawn.family(judge).tensor_shapes
     return [
         kinds[kind][int(draws.integers(f"property/{kind}/{seed}", 1, 0, len(kinds[kind]) - 1))]

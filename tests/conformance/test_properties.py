@@ -1,6 +1,8 @@
 """The table of capabilities: what each family claims, and that its exceptions are real."""
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,9 @@ from conformance.families.properties import (
     reach,
     remembered,
 )
+from conformance.implementation import Unsupported, resolve
+from conformance.judge import Judge
+from conformance.search import Listed, Settings
 from conformance.suite import checks
 
 
@@ -99,6 +104,50 @@ KEY_BIASES = [
 ]
 
 
+# --- what quick tries ------------------------------------------------------------------------------------------------
+
+
+def tried(case: str, name: str, **settings: Any) -> list[str]:
+    """The tensors or keys that a check puts to a case."""
+    session = Judge(resolve("reference"), Case(case), "float64", "cpu")
+    session.settings = Settings(listing=True, **settings)
+    with pytest.raises(Listed) as listed:
+        checks()[name](session)
+    return [thing for example in listed.value.examples for thing in example.values()]
+
+
+def kinds(names: Iterable[str]) -> set[str]:
+    return {re.sub(r"\d+", "N", name) for name in names}
+
+
+def test_quick_tries_each_kind_of_tensor_once_and_in_a_second_case_what_is_new() -> None:
+    plain, distinct = (tried(f"llama/{case}", "sensitivity.weights") for case in ("plain", "distinct"))
+    assert kinds(plain) == kinds(Case("llama/plain").weights)
+    assert kinds(distinct) == kinds(Case("llama/distinct").weights) - kinds(plain)
+    assert len(plain) == len(kinds(plain)) == 12
+    assert len(distinct) == 7  # biases
+
+
+def test_quick_tries_six_of_a_second_case_that_has_nothing_new_and_twenty_at_most() -> None:
+    assert len(tried("gpt2/distinct", "sensitivity.weights")) == 6
+    assert len(tried("transformer/plain", "sensitivity.weights")) == 20
+    assert len(tried("switch_transformer/plain", "invariance.absent")) == 10
+    assert len(tried("switch_transformer/distinct", "invariance.absent")) == 6
+
+
+def test_the_seed_says_which_are_tried_and_in_time_all_are() -> None:
+    runs = [tried("transformer/plain", "sensitivity.weights", seed=seed) for seed in range(12)]
+    assert runs[0] != runs[1]
+    assert set().union(*map(kinds, runs)) == kinds(Case("transformer/plain").weights)
+
+
+def test_other_profiles_try_everything_in_every_case() -> None:
+    assert tried("gpt2/distinct", "sensitivity.weights", profile="ci") == list(Case("gpt2/distinct").weights)
+    assert set(tried("gpt2/distinct", "invariance.absent", profile="ci")) == {
+        "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings",
+    }  # fmt: skip
+
+
 # --- exceptions ------------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +160,14 @@ def test_exceptions_are_of_claims_that_would_be_made(family: str) -> None:
         assert reason
         made = {r.name: bare.of(r.name, r.config).get(name, ()) for r in get(family).recipes}
         assert any(dtypes and which in ("", *dtypes, case.split("/")[1]) for case, dtypes in made.items()), exception
+
+
+def test_nothing_can_be_left_out_of_gnmts_configurations() -> None:
+    """Its exception of `invariance.absent` is real; of a family without it there is something in every case."""
+    for case in ("gnmt/plain", "gnmt/distinct"):
+        session = Judge(resolve("reference"), Case(case), "float64", "cpu")
+        with pytest.raises(Unsupported, match="nothing that this could be tried with"):
+            checks()["invariance.absent"](session)
 
 
 OF_A_CASE = [

@@ -55,6 +55,21 @@ def test_description_holds_what_is_declared(start: Start) -> None:
     }
 
 
+@pytest.mark.parametrize(("said", "wanted"), [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_do_not_spin_unless_the_user_says_so(
+    said: str | None, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_WAIT_POLICY", said)
+    named = tmp_path / "named.py"
+    named.write_text("import os\nclass Named:\n    name, load = os.environ['OMP_WAIT_POLICY'], print\n")
+    with closing(Worker(f"{named}:Named")) as worker:
+        described = worker.request(TIMEOUT, op="describe")
+    assert not isinstance(described, Died)
+    assert described["implementation"]["name"] == wanted
+
+
 def test_one_child_answers_request_after_request(start: Start) -> None:
     worker = start("CountsCalls")
     worker.request(TIMEOUT, **PADDED)
